@@ -1,0 +1,242 @@
+"""The run file, section by section (see README, "The run file").
+
+Torch-free on purpose: a bad file must be answered in a second. A key exists here only when the code behind it does; where one value
+alone works so far, the schema admits that value and no other.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from distft.config.section import Section
+from distft.objectives.catalog import Objective, Sft
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Dtype = Literal["float32", "bfloat16"]
+Auto = Literal["auto"]
+
+
+class Model(Section):
+    """A model that is read from a folder of safetensors, or from the hub by name."""
+
+    path: str
+    """A local folder, or the name of a hub repository."""
+    revision: str | None = None
+    """A commit of the hub repository; null is its main branch. Only with a hub name."""
+    dtype: Dtype = "bfloat16"
+    """What the forward and backward passes run in; the optimizer's weights are float32 always."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Which attention of transformers is used; all give the same results to rounding."""
+
+
+class Teacher(Section):
+    """The frozen model whose distribution is cached; `path: null` is the model itself before training."""
+
+    path: str | None = None
+    revision: str | None = None
+    dtype: Dtype | None = None
+    """null: as `model.dtype`."""
+
+
+class Source(Section):
+    """Where documents come from and how a row becomes one."""
+
+    path: str
+    """A .jsonl, .json, .parquet or .arrow file, a folder or glob of them, or the name of a `datasets` data set."""
+    format: Literal["chat", "prompt_completion", "text"] = "chat"
+    """chat: a list of {role, content}; prompt_completion: two strings or two lists of messages; text: one string."""
+    subset: str | None = None
+    """The data set's configuration; only with a `datasets` name."""
+    split: str | None = None
+    """The data set's split, `train` when null; only with a `datasets` name."""
+    revision: str | None = None
+    """The data set's commit; only with a `datasets` name."""
+    messages: str = "messages"
+    """The column of a chat."""
+    prompt: str = "prompt"
+    completion: str = "completion"
+    """The two columns of prompt_completion."""
+    text: str = "text"
+    """The column of text."""
+    limit: Annotated[int, Field(gt=0)] | None = None
+    """Take only the first so many rows; null takes all."""
+
+
+class Data(Section):
+    """The documents that are trained on, and those that are only measured."""
+
+    train: Source
+    heldout: Source | None = None
+    """Never trained on: drift is measured here. null: no drift meter."""
+    max_tokens: Annotated[int, Field(ge=2)] = 4096
+    """Longer documents are cut; one that is left with no supervised token is dropped, counted and named."""
+    workers: Annotated[int, Field(gt=0)] | Auto = "auto"
+    """Processes that tokenise; auto: one per core."""
+
+
+class TopK(Section):
+    """The likeliest ids and log-probabilities, at most `k`, none below `min_prob`, and the mass of the rest."""
+
+    kind: Literal["topk"] = "topk"
+    k: Annotated[int, Field(ge=1, le=65_535)] = 128
+    min_prob: Annotated[float, Field(ge=0, lt=1)] = 1e-3
+    """0: always exactly k, the classical fixed top-k."""
+
+
+class NoDistribution(Section):
+    """Signals only (log q of the label, entropy, rank): enough for `stm`, a few bytes a token."""
+
+    kind: Literal["none"]
+
+
+Distribution = Annotated[TopK | NoDistribution, Field(discriminator="kind")]
+
+
+class Score(Section):
+    """The teacher's one pass over the documents."""
+
+    distribution: Distribution = TopK()
+    positions: Literal["supervised", "all"] = "supervised"
+    """Which tokens are kept; `all` adds the prompt's."""
+    tokens_per_batch: Annotated[int, Field(gt=0)] = 16_384
+    """Tokens in one forward pass of the teacher; changes speed and memory, never the cache."""
+    workers: Literal[1] | Auto = "auto"
+    """Scoring runs in this process so far."""
+    tensor_parallel: Literal[1] = 1
+    """A teacher must fit on one device so far."""
+
+
+class Checkpoint(Section):
+    """When a training run can be taken up again."""
+
+    every_steps: Annotated[int, Field(gt=0)] | None = 100
+    """null: only at the end."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """How many of the newest stay."""
+
+
+class Train(Section):
+    """The optimisation. What a step consumes follows from (seed, epoch) alone, never from the hardware."""
+
+    epochs: Annotated[int, Field(ge=1)] = 1
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many steps; null: when the epochs are over. The schedule ends where the run ends."""
+    tokens_per_step: Annotated[int, Field(ge=2)] = 65_536
+    """Documents are added to a step while their tokens fit; a document longer than this has a step of its own."""
+    micro_batch_tokens: Annotated[int, Field(ge=2)] = 8_192
+    """Tokens in one forward and backward pass; changes speed and memory, not the step."""
+    lr: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    min_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """What is left of `lr` in the last step of cosine and linear."""
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """On matrices only; norms and biases never decay."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field((0.9, 0.95), strict=False)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradient norm limit; null: none."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    drift_every_steps: Annotated[int, Field(gt=0)] | None = None
+    """Measure drift on the held-out documents so often; null: only after the last step."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory: recompute activations in the backward pass."""
+    engine: Literal["local"] | Auto = "auto"
+    """local: plain torch, every rank holds the whole model."""
+    workers: Literal[1] | Auto = "auto"
+    """Ranks that distft starts itself; under torchrun, leave `auto`."""
+    checkpoint: Checkpoint = Checkpoint()
+
+
+class ExactJudge(Section):
+    """Right when the answer, trimmed of space and of `strip` characters, equals the reference."""
+
+    kind: Literal["exact"] = "exact"
+    ignore_case: bool = False
+    strip: str = ""
+
+
+class NumberJudge(Section):
+    """Right when the answer's last number equals the reference's last number."""
+
+    kind: Literal["number"]
+    tolerance: Annotated[float, Field(ge=0)] = 1e-6
+
+
+Judge = Annotated[ExactJudge | NumberJudge, Field(discriminator="kind")]
+
+
+class GenerateTask(Section):
+    """Greedy answers to prompts, judged against references."""
+
+    kind: Literal["generate"] = "generate"
+    name: Name
+    path: str
+    """JSONL with `prompt` (a string or a list of messages) and `answer`."""
+    judge: Judge = ExactJudge()
+    max_new_tokens: Annotated[int, Field(gt=0)] = 64
+    limit: Annotated[int, Field(gt=0)] | None = None
+
+
+class NllTask(Section):
+    """Mean negative log-likelihood of the supervised tokens of some documents."""
+
+    kind: Literal["nll"]
+    name: Name
+    source: Source
+    limit: Annotated[int, Field(gt=0)] | None = None
+
+
+Task = Annotated[GenerateTask | NllTask, Field(discriminator="kind")]
+
+
+class Evaluate(Section):
+    """What is measured on the model before and after."""
+
+    tasks: tuple[Task, ...] = Field((), strict=False)
+    tokens_per_batch: Annotated[int, Field(gt=0)] = 8_192
+
+
+class Export(Section):
+    """How the trained weights are written."""
+
+    dtype: Dtype | None = None
+    """null: as `model.dtype`."""
+    shard_bytes: Annotated[int, Field(ge=1 << 20)] = 4 << 30
+
+
+class Cluster(Section):
+    """Where the work runs: on this machine so far."""
+
+    address: Literal["local"] = "local"
+
+
+class Run(Section):
+    """A whole run file."""
+
+    name: Name
+    """Names the run's folder in the store."""
+    store: str = "./store"
+    """A folder, or s3://bucket/prefix; credentials come from the environment alone."""
+    model: Model
+    data: Data
+    teacher: Teacher = Teacher()
+    score: Score = Score()
+    objective: Annotated[Objective, Field(discriminator="kind")] = Sft()
+    train: Train = Train()
+    export: Export = Export()
+    evaluate: Evaluate = Evaluate()
+    cluster: Cluster = Cluster()
+
+    @property
+    def teacher_model(self) -> Model:
+        """The teacher as a model: itself where `teacher.path` is null."""
+        own = self.teacher.path is None
+        return Model(
+            path=self.model.path if self.teacher.path is None else self.teacher.path,
+            revision=self.model.revision if own else self.teacher.revision,
+            dtype=self.teacher.dtype or self.model.dtype,
+            attention=self.model.attention,
+        )

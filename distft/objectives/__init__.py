@@ -1,0 +1,1 @@
+"""What is trained: rules that turn signals into four weights per token (catalog), and the one loss that obeys them."""

@@ -1,0 +1,110 @@
+"""Progress that a person can read: bars where stderr is a terminal, a plain line now and then where it is not.
+
+One call, `track`, serves every stage. Nothing here writes to stdout, which belongs to `--json`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+PLAIN_EVERY_SECONDS = 10.0
+
+
+class Meter(Protocol):
+    """Counts work that is done."""
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None: ...
+
+
+def say(text: str) -> None:
+    """One line for a person."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+@contextmanager
+def track(label: str, total: float | None, unit: str, *, done: float = 0.0) -> Iterator[Meter]:
+    """Shows how far `label` is, with its rate and the time left. `done` is what an earlier, interrupted run left behind: it
+    counts towards the total and not towards the rate."""
+    if sys.stderr.isatty():
+        with _bar(label, total, unit, done) as meter:
+            yield meter
+    else:
+        meter = _PlainMeter(label, total, unit, done)
+        yield meter
+        meter.finish()
+
+
+class _PlainMeter:
+    def __init__(self, label: str, total: float | None, unit: str, done: float) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.before, self.done, self.note = done, done, ""
+        self.start = self.said = time.monotonic()
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:
+        self.done += amount
+        self.note = note or self.note
+        if time.monotonic() - self.said >= PLAIN_EVERY_SECONDS:
+            self._say(ended=False)
+
+    def finish(self) -> None:
+        self._say(ended=True)
+
+    def _say(self, *, ended: bool) -> None:
+        now = time.monotonic()
+        self.said = now
+        rate = (self.done - self.before) / max(now - self.start, 1e-9)
+        of_total = "" if self.total is None else f" of {self.total:,.0f}"
+        parts = [f"{self.label}: {self.done:,.0f}{of_total} {self.unit}", _rate(rate, self.unit)]
+        if ended:
+            parts.append(f"took {_clock(now - self.start)}")
+        elif self.total is not None and rate > 0:
+            parts.append(f"{_clock((self.total - self.done) / rate)} left")
+        say("  ".join([*parts, self.note] if self.note else parts))
+
+
+@contextmanager
+def _bar(label: str, total: float | None, unit: str, done: float) -> Iterator[Meter]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+    from rich.text import Text
+
+    class Numbers(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            of_total = "" if task.total is None else f"/{task.total:,.0f}"
+            spent = task.finished_time or task.elapsed or 0.0
+            rate = (task.completed - done) / spent if spent > 0 else 0.0
+            if task.finished or task.total is None or rate <= 0:
+                clock = f"took {_clock(spent)}" if task.finished else _clock(spent)
+            else:
+                clock = f"{_clock((task.total - task.completed) / rate)} left"
+            return Text(f"{task.completed:,.0f}{of_total} {unit}  {_rate(rate, unit)}  {clock}", style="cyan")
+
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description:<22}"), BarColumn(bar_width=24), Numbers(),
+               TextColumn("{task.fields[note]}", style="dim"))  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
+        task_id = progress.add_task(label, total=total, completed=int(done), note="")
+
+        class Bar:
+            def advance(self, amount: float = 1.0, note: str = "") -> None:
+                progress.advance(task_id, amount)
+                if note:
+                    progress.update(task_id, note=note)
+
+        yield Bar()
+        if total is None:
+            progress.update(task_id, total=progress.tasks[0].completed)
+
+
+def _rate(rate: float, unit: str) -> str:
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
