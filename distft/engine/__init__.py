@@ -1,0 +1,1 @@
+"""What a training step means on this hardware. `local` is the reference: plain torch, every rank holds the whole model."""

@@ -1,0 +1,73 @@
+"""The seam between the training loop and the hardware: a micro-batch goes in, gradients or values come out.
+
+Shapes: R packed rows of L tokens, N of them with a weight or to be measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distft.objectives.loss import Targets, TokenValues
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedTokens:
+    """Whole documents end to end in rows. Positions restart at 0 with each document: that is what keeps them apart. Padding, at a
+    row's right end, goes on counting, so that a row of one document needs no mask but the causal one."""
+
+    tokens_RL: Tensor
+    positions_RL: Tensor
+
+    def to(self, device: torch.device) -> PackedTokens:
+        return PackedTokens(tokens_RL=self.tokens_RL.to(device), positions_RL=self.positions_RL.to(device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """One forward and backward pass. `predictor_N[n]` is the place in the flattened rows whose hidden state predicts label
+    n: the place before the label's own (law 1)."""
+
+    packed: PackedTokens
+    predictor_N: Tensor
+    targets: Targets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepValues:
+    """What a step did, over all ranks and micro-batches. Sums are unweighted nats over the tokens that bear that weight."""
+
+    loss: float
+    grad_norm: float
+    sums: dict[str, float]
+    counts: dict[str, float]
+
+
+class Engine(Protocol):
+    """What the loop needs of an engine. Every method is called on every rank with as many micro-batches as on the others."""
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], *, normaliser: float, lr: float) -> StepValues:
+        """One update from the gradient of (sum of weighted token losses over all ranks) / normaliser.
+
+        Raises TrainingError before anything is updated when loss or gradient is not finite."""
+        ...
+
+    def measure(self, batch: MicroBatch) -> TokenValues:
+        """Each token's values under the weights as they are, with no gradient."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All that a checkpoint must hold to go on bit for bit: `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, in float32."""
+        ...
+
+    def restore(self, tensors: dict[str, Tensor], *, optimizer_steps: int) -> None:
+        """The inverse of `tensors`."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights for export, by the names of the model's own checkpoint, tied ones once, in float32."""
+        ...

@@ -1,0 +1,97 @@
+"""A transformers model taken apart into backbone and head, so that logits are never made for a whole sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distft.engine.base import PackedTokens
+from distft.errors import ModelError
+from distft.objectives.loss import LogitShape
+from distft.store.model_folder import ModelFolder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageModel:
+    """A causal language model in two parts. `shape` says what its own forward does to the head's output."""
+
+    whole: Any
+    """The transformers model, for its config, its names and `generate`."""
+    head: nn.Linear
+    shape: LogitShape
+
+    def hidden(self, packed: PackedTokens) -> Tensor:
+        """Last hidden states [R*L, D]; each document sees itself alone.
+
+        use_cache=False is not for speed: with a cache, transformers lets attention cross documents of a packed row, silently
+        (tests/parity/test_packing.py)."""
+        output = self.whole.base_model(
+            input_ids=packed.tokens_RL, position_ids=packed.positions_RL, attention_mask=None, use_cache=False
+        )
+        return output.last_hidden_state.flatten(0, 1)
+
+
+def token_rows(folder: ModelFolder) -> int:
+    """Head rows that stand for a token: one more than the tokenizer's highest id. A head may have more, for alignment's sake."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    rows, head = max(tokenizer.get_vocab().values()) + 1, folder.vocabulary_rows()
+    if rows > head:
+        raise ModelError(
+            f"The tokenizer has ids up to {rows - 1}, the model rows for {head}.", where=str(folder.path),
+            help="They do not belong together. Use the tokenizer that the model was trained with.",
+        )  # fmt: skip
+    return rows
+
+
+def load_model(folder: ModelFolder, *, dtype: str, attention: str, head_rows: int, device: torch.device) -> LanguageModel:
+    """Reads safetensors only; runs no code from the folder."""
+    from transformers import AutoModelForCausalLM
+
+    folder.weight_files()  # says clearly what is missing before transformers says it at length
+    try:
+        whole: Any = AutoModelForCausalLM.from_pretrained(
+            folder.path, dtype=DTYPES[dtype], attn_implementation=attention, local_files_only=True, trust_remote_code=False,
+            use_safetensors=True, output_loading_info=True,
+        )  # fmt: skip
+    except (ValueError, OSError, ImportError) as error:
+        raise ModelError(f"transformers cannot load the model: {error}", where=str(folder.path)) from error
+    whole, report = whole
+    absent = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if absent:
+        raise ModelError(
+            f"The weight files lack {len(absent)} tensors of the architecture, or hold them in another shape: {sorted(absent)[:5]}.",
+            where=str(folder.path), help="Random numbers would stand in for them. Take a complete checkpoint.",
+        )  # fmt: skip
+    return take_apart(whole.to(device), head_rows=head_rows, where=str(folder.path))
+
+
+def take_apart(whole: Any, *, head_rows: int, where: str) -> LanguageModel:
+    """Finds backbone, head and logit shape, and proves the shape on a probe: for our logits to differ from the model's own is an
+    error here, not a surprise in training."""
+    config, head = whole.config.get_text_config(), whole.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"The output head is a {type(head).__name__}; distft needs a linear one.", where=where)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    model = LanguageModel(whole=whole, head=head, shape=LogitShape(rows=head_rows, scale=scale, softcap=softcap))
+    whole.eval()
+    tokens = torch.arange(1, 9, device=head.weight.device)[None] % head_rows
+    packed = PackedTokens(tokens_RL=tokens, positions_RL=torch.arange(tokens.shape[1], device=tokens.device)[None])
+    with torch.no_grad():
+        own = whole(input_ids=tokens, use_cache=False).logits[0, :, :head_rows].float()
+        ours = model.shape.logits(model.hidden(packed), head.weight, head.bias)
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.25
+    difference = float((own - ours).abs().max())
+    if not difference <= tolerance * max(1.0, float(own.abs().max())):
+        raise ModelError(
+            f"{type(whole).__name__} does something to its logits that distft does not know: they differ by {difference:.3g}.",
+            where=where, help="Known are a bias, logit_scale, logits_scaling and final_logit_softcapping.",
+        )  # fmt: skip
+    return model

@@ -1,0 +1,119 @@
+"""Digests of files and of documents: what identity by content is made of."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from distft.errors import MissingArtifactError, StoreError
+
+YOUNG_SECONDS = 2.0
+"""A file touched this recently may change again without its times changing, so its digest is not kept (git does the same)."""
+MEMO_ENTRIES = 20_000
+
+_DOCUMENT_TAG = b"distft document v1\0"
+_known: dict[str, str] = {}
+
+
+def document_digest(tokens: npt.NDArray[np.uint32], supervised: npt.NDArray[np.bool_]) -> str:
+    """The name of a document: 128 bits of sha256 over its token ids and which of them are supervised, as 32 hex digits."""
+    if tokens.dtype != np.uint32 or supervised.dtype != np.bool_ or tokens.ndim != 1 or tokens.shape != supervised.shape:
+        raise TypeError(
+            f"a document is uint32[n] and bool[n], not {tokens.dtype}{list(tokens.shape)} and"
+            f" {supervised.dtype}{list(supervised.shape)}"
+        )
+    digest = hashlib.sha256(_DOCUMENT_TAG)
+    digest.update(len(tokens).to_bytes(8, "little"))
+    digest.update(np.ascontiguousarray(tokens, "<u4").data)
+    digest.update(np.ascontiguousarray(supervised).view(np.uint8).data)
+    return digest.hexdigest()[:32]
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_sha256(paths: Iterable[Path]) -> dict[Path, str]:
+    """sha256 of each file. Digests are remembered across runs by (device, inode, size, mtime, ctime): a model of 140 GB is hashed
+    once. Nothing can be written to a file without its ctime changing, even where its mtime is put back."""
+    wanted = list(dict.fromkeys(paths))
+    _known.update(_read_memo())
+    learnt: dict[str, str] = {}
+
+    def digest(path: Path) -> str:
+        try:
+            key, changed = _key(path)
+            if key in _known:
+                return _known[key]
+            value = file_sha256(path)
+            key_after, _ = _key(path)
+        except FileNotFoundError as error:
+            raise MissingArtifactError(f"no file {path}", where=str(path)) from error
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error.strerror}", where=str(path), help="Check its permissions.") from error
+        if key_after != key:
+            raise StoreError(f"{path} changed while it was read", where=str(path), help="Wait until its writer is done.")
+        if time.time() - changed >= YOUNG_SECONDS:
+            learnt[key] = value
+        return value
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = dict(zip(wanted, pool.map(digest, wanted), strict=True))
+    if learnt:
+        _known.update(learnt)
+        _write_memo(learnt)
+    return digests
+
+
+def _key(path: Path) -> tuple[str, float]:
+    """What a digest is remembered by, and when the file last changed."""
+    seen = path.stat()
+    key = f"{seen.st_dev}:{seen.st_ino}:{seen.st_size}:{seen.st_mtime_ns}:{seen.st_ctime_ns}"
+    return key, max(seen.st_mtime, seen.st_ctime)
+
+
+def memo_path() -> Path:
+    """Where digests are remembered between runs."""
+    chosen = os.environ.get("DISTFT_CACHE_DIR")
+    if chosen:
+        return Path(chosen) / "digests.json"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "distft" / "digests.json"
+
+
+def _read_memo() -> dict[str, str]:
+    # A memo that is absent, unreadable or nonsense costs time, nothing else.
+    try:
+        memo = json.loads(memo_path().read_bytes())
+    except (OSError, ValueError, RuntimeError):
+        return {}
+    digests = memo.get("digests") if isinstance(memo, dict) and memo.get("version") == 1 else None
+    if not isinstance(digests, dict):
+        return {}
+    return {key: value for key, value in digests.items() if isinstance(value, str) and len(value) == 64}
+
+
+def _write_memo(learnt: dict[str, str]) -> None:
+    merged = {**_read_memo(), **learnt}
+    newest = dict(list(merged.items())[-MEMO_ENTRIES:])
+    with contextlib.suppress(OSError, RuntimeError):
+        path = memo_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+        try:
+            partial.write_text(json.dumps({"version": 1, "digests": newest}))
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)

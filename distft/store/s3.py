@@ -1,0 +1,321 @@
+"""A store on S3 or a server that speaks it.
+
+Requests go through s3fs with its and botocore's own retries off: whether a reply was lost must be known here, because a lost
+`create` that is tried again finds the name taken by itself. Every reply is first understood (`Trouble`), then tried again, or
+told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from distft.errors import CorruptArtifactError, DistftError, MissingArtifactError, StoreError
+from distft.store.location import PARTIAL, Location, check_name, is_partial
+from distft.store.trouble import Trouble, understand
+
+if TYPE_CHECKING:
+    from s3fs import S3FileSystem
+
+T = TypeVar("T")
+
+PART_BYTES = 32 << 20
+MAX_PARTS = 10_000
+TRANSFERS = 4
+
+PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
+"""Seconds between tries. A server that never answered this process gets the first three alone: a wrong address is told soon."""
+
+_clients: dict[tuple[object, ...], S3FileSystem] = {}
+_lock = threading.Lock()
+_answered: set[str] = set()
+
+
+class S3Location(Location):
+    """A prefix of a bucket."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self.bucket = bucket
+        self.prefix = prefix
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+
+    def child(self, *names: str) -> S3Location:
+        parts = [check_name(name, self.url) for name in names]
+        return S3Location(self.bucket, "/".join([self.prefix, *parts] if self.prefix else parts))
+
+    def exists(self, name: str) -> bool:
+        return self._head(name) is not None
+
+    def size(self, name: str) -> int:
+        head = self._head(name)
+        if head is None:
+            raise self._missing(name)
+        return int(head["ContentLength"])
+
+    def read(self, name: str) -> bytes:
+        return self._get(name)
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        if length == 0:
+            return b""
+        data = self._get(name, Range=f"bytes={start}-{start + length - 1}")
+        if len(data) != length:
+            raise CorruptArtifactError(f"{self._of(name)} ends at byte {start + len(data)}, not {start + length}", where=self.url)
+        return data
+
+    def create(self, name: str, data: bytes) -> bool:
+        lost = False
+
+        def put() -> bool:
+            nonlocal lost
+            try:
+                self._call("put_object", Key=self._key(name), Body=data, IfNoneMatch="*")
+            except Exception as error:
+                trouble = understand(error)
+                if trouble is Trouble.TAKEN:
+                    # After a lost reply the file there may be our own; unique contents would tell, equal contents are as good.
+                    return lost and self.read(name) == data
+                lost = lost or trouble in (Trouble.LOST, Trouble.BUSY)
+                raise
+            return True
+
+        return self._patiently(put, "write", name)
+
+    def replace(self, name: str, data: bytes) -> None:
+        self._patiently(lambda: self._call("put_object", Key=self._key(name), Body=data), "write", name)
+
+    def upload(self, name: str, path: Path) -> None:
+        size = path.stat().st_size
+        if size <= PART_BYTES:
+            self.replace(name, path.read_bytes())
+            return
+        part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
+        started = self._patiently(lambda: self._call("create_multipart_upload", Key=self._key(name)), "write", name)
+        upload: dict[str, Any] = {"Key": self._key(name), "UploadId": started["UploadId"]}
+
+        def put_part(index: int) -> dict[str, Any]:
+            with path.open("rb") as file:
+                file.seek(index * part_bytes)
+                data = file.read(part_bytes)
+            number = index + 1
+            done = self._patiently(lambda: self._call("upload_part", PartNumber=number, Body=data, **upload), "write", name)
+            sums = {key: value for key, value in done.items() if key.startswith("Checksum") and key != "ChecksumType"}
+            return {"PartNumber": number, "ETag": done["ETag"], **sums}
+
+        def complete() -> None:
+            try:
+                self._call("complete_multipart_upload", MultipartUpload={"Parts": parts}, **upload)
+            except Exception as error:
+                # When the reply to an earlier try was lost, the upload is gone because it is done.
+                if understand(error) is not Trouble.ABSENT or (self._head(name) or {}).get("ContentLength") != size:
+                    raise
+
+        try:
+            with ThreadPoolExecutor(TRANSFERS) as pool:
+                parts = list(pool.map(put_part, range(-(-size // part_bytes))))
+            self._patiently(complete, "write", name)
+        except BaseException:
+            with contextlib.suppress(Exception):  # best effort: the first error is the one to tell
+                self._call("abort_multipart_upload", **upload)
+            raise
+
+    def download(self, name: str, path: Path) -> None:
+        from distft.store.local import explained, sync_file
+
+        size = self.size(name)
+        with explained("write", path):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+            def get_part(start: int) -> None:
+                data = self.read_range(name, start, min(PART_BYTES, size - start))
+                written = 0
+                while written < len(data):
+                    written += os.pwrite(descriptor, memoryview(data)[written:], start + written)
+
+            try:
+                with ThreadPoolExecutor(TRANSFERS) as pool:
+                    list(pool.map(get_part, range(0, size, PART_BYTES)))
+                sync_file(path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                raise
+            finally:
+                os.close(descriptor)
+
+    def names(self, recursive: bool = False) -> list[str]:
+        found = (page.get("Contents", ()) for page in self._pages("list_objects_v2", "" if recursive else "/"))
+        names = (item["Key"].removeprefix(self._below) for page in found for item in page)
+        # A key that ends with "/" is a console's idea of a folder.
+        return sorted(name for name in names if not name.endswith("/") and name and not is_partial(name))
+
+    def folders(self) -> list[str]:
+        found = (page.get("CommonPrefixes", ()) for page in self._pages("list_objects_v2", "/"))
+        return sorted(item["Prefix"].removeprefix(self._below).rstrip("/") for page in found for item in page)
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(MissingArtifactError):
+            self._patiently(lambda: self._call("delete_object", Key=self._key(name)), "delete", name)
+
+    def local(self, name: str) -> Path | None:
+        check_name(name, self.url)
+        return None
+
+    def scratch(self, name: str) -> Path:
+        check_name(name, self.url)
+        return Path(tempfile.gettempdir()) / f"distft-{uuid.uuid4().hex}"
+
+    def sweep(self, older_than_seconds: float = 86_400.0) -> list[str]:
+        swept: list[str] = []
+        for page in self._pages("list_multipart_uploads", ""):
+            for upload in page.get("Uploads", ()):
+                if time.time() - upload["Initiated"].timestamp() >= older_than_seconds:
+                    self._call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
+                    swept.append(upload["Key"].removeprefix(self._below))
+        return sorted(swept)
+
+    def _probe(self) -> None:
+        name = f"{PARTIAL}{uuid.uuid4().hex}"
+        try:
+            if not self.create(name, b"distft") or self.create(name, b"another"):
+                raise StoreError(
+                    f"the S3 server of {self.url} ignores If-None-Match, so that two writers could overwrite each other",
+                    where=self.url,
+                    help="Use a server with conditional writes (AWS S3, Ceph, MinIO, Cloudflare R2), or a shared file system.",
+                )
+        finally:
+            with contextlib.suppress(StoreError):  # a role that may write and not delete is enough
+                self.delete(name)
+
+    @property
+    def _below(self) -> str:
+        return f"{self.prefix}/" if self.prefix else ""
+
+    def _key(self, name: str) -> str:
+        return self._below + check_name(name, self.url)
+
+    def _of(self, name: str) -> str:
+        return f"{self.url}/{name}" if name else self.url
+
+    def _call(self, method: str, **request: Any) -> dict[str, Any]:
+        client: Any = _client()  # s3fs does not declare what its synchronous methods return
+        return client.call_s3(method, Bucket=self.bucket, **request)
+
+    def _head(self, name: str) -> dict[str, Any] | None:
+        try:
+            return self._patiently(lambda: self._call("head_object", Key=self._key(name)), "look at", name)
+        except MissingArtifactError:
+            self._check_bucket()
+            return None
+
+    def _check_bucket(self) -> None:
+        # The answer to HEAD of a key does not tell an absent file from an absent bucket, which would look like an empty store.
+        known = f"bucket {self.bucket} of {_endpoint()}"
+        if known not in _answered:
+            try:
+                self._patiently(lambda: self._call("head_bucket"), "look at", "")
+            except MissingArtifactError as error:
+                raise self._told(Trouble.NO_BUCKET, "look at", "") from error
+            _answered.add(known)
+
+    def _get(self, name: str, **request: Any) -> bytes:
+        from fsspec.asyn import sync
+
+        fs: Any = _client()
+
+        async def whole() -> bytes:
+            reply = await fs._call_s3("get_object", Bucket=self.bucket, Key=self._key(name), **request)
+            async with reply["Body"] as stream:
+                data = await stream.read()
+            if len(data) != reply["ContentLength"]:
+                raise ConnectionError(f"{len(data)} of {reply['ContentLength']} bytes came")
+            return data
+
+        def get() -> bytes:
+            data: Any = sync(fs.loop, whole)
+            return data
+
+        return self._patiently(get, "read", name)
+
+    def _pages(self, method: str, delimiter: str) -> Iterator[dict[str, Any]]:
+        """The replies to a listing. A prefix without a delimiter lists everything below."""
+        request: dict[str, Any] = {"Prefix": self._below, **({"Delimiter": delimiter} if delimiter else {})}
+        while True:
+            asked = dict(request)
+            page = self._patiently(lambda asked=asked: self._call(method, **asked), "list", "")
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            if method == "list_multipart_uploads":
+                request |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+            else:
+                request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def _patiently(self, attempt: Callable[[], T], verb: str, name: str) -> T:
+        """The result of a request, asked again, a bounded number of times, while the trouble may pass."""
+        tries = 0
+        while True:
+            try:
+                result = attempt()
+            except DistftError:
+                raise  # told already, by a request inside the request
+            except Exception as error:
+                trouble = understand(error)
+                if trouble is Trouble.OTHER and not isinstance(error, OSError):
+                    raise  # not the store's doing: a bug keeps its traceback
+                known = _endpoint() in _answered
+                if not trouble.passing or tries >= (len(PAUSES) if known else 3):
+                    raise self._told(trouble, verb, name, error) from error
+            else:
+                _answered.add(_endpoint())
+                return result
+            time.sleep(PAUSES[tries] * random.uniform(0.5, 1.5))
+            tries += 1
+
+    def _missing(self, name: str) -> MissingArtifactError:
+        return MissingArtifactError(f"no file {self._of(name)}", where=self.url)
+
+    def _told(self, trouble: Trouble, verb: str, name: str, error: Exception | None = None) -> DistftError:
+        if trouble is Trouble.ABSENT:
+            return self._missing(name)
+        what, help = trouble.explain(endpoint=_endpoint(), bucket=self.bucket, error=error)
+        return StoreError(f"cannot {verb} {self._of(name)}: {what}", where=self.url, help=help)
+
+
+def _endpoint() -> str:
+    """Whom requests go to, as host and port: an address in the environment might hold a password."""
+    address = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
+    try:
+        port = f":{address.port}" if address.port else ""
+    except ValueError:
+        port = ""
+    return f"{address.hostname}{port}" if address.hostname else "AWS"
+
+
+def _client() -> S3FileSystem:
+    """This process's filesystem, made on first use: neither its event loop nor its connections survive a fork."""
+    settings = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
+    with _lock:
+        key = (os.getpid(), settings)
+        if key not in _clients:
+            from s3fs import S3FileSystem
+
+            fs = S3FileSystem(
+                anon=False,
+                use_listings_cache=False,
+                skip_instance_cache=True,
+                config_kwargs={"retries": {"total_max_attempts": 1}, "read_timeout": 60, "max_pool_connections": 4 * TRANSFERS},
+            )
+            fs.retries = 1
+            _clients[key] = fs
+        return _clients[key]

@@ -1,0 +1,71 @@
+"""Scores to Arrow columns and back. A row is a document; every column is a list of plain primitives, so that nothing in a file can
+run code, and ids ascend within a token, so that Arrow's own compression works on them.
+
+The ids and log-probabilities of a document lie flat, `counts` of them per token. Log-probabilities are float16 (relative error
+2^-11); with the tail in float32 the kept mass and the tail may then miss 1 by 1e-3, so `sparse_rows` divides by their sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from distft.errors import CorruptArtifactError
+from distft.teacher.forward import Scores
+
+FORMAT = "distft-teacher-1"
+
+COLUMNS: dict[str, pa.DataType] = {
+    "positions": pa.uint32(),
+    "label_logprob": pa.float32(),
+    "entropy": pa.float32(),
+    "rank": pa.uint32(),
+    "tail": pa.float32(),
+    "counts": pa.uint16(),
+    "ids": pa.uint32(),
+    "logprobs": pa.float16(),
+}
+
+SCHEMA = pa.schema(
+    [("digest", pa.string()), ("tokens", pa.uint32()), *((name, pa.list_(kind)) for name, kind in COLUMNS.items())]
+)
+
+
+def to_batch(digests: Sequence[str], lengths: Sequence[int], scores: Sequence[Scores]) -> pa.RecordBatch:
+    """Documents as one record batch."""
+    columns: list[pa.Array] = [pa.array(digests, pa.string()), pa.array(lengths, pa.uint32())]
+    for name, kind in COLUMNS.items():
+        values = [getattr(score, name) for score in scores]
+        offsets = np.concatenate([[0], np.cumsum([len(value) for value in values])]).astype(np.int32)
+        flat = np.concatenate(values) if values else np.zeros(0)
+        columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, kind)))
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def from_table(table: pa.Table, row: int, *, where: str) -> tuple[str, int, Scores]:
+    """One document: its digest, token count and scores, without copying. Offsets and counts are checked before they are used."""
+    if table.schema.names != SCHEMA.names:
+        raise CorruptArtifactError(f"Columns {table.schema.names} are not those of a teacher shard.", where=where)
+    columns = {name: _row_values(table.column(name), row) for name in COLUMNS}
+    scores = Scores(**columns)
+    tokens = len(scores.positions)
+    uneven = [name for name in ("label_logprob", "entropy", "rank", "tail", "counts") if len(columns[name]) != tokens]
+    kept = int(scores.counts.sum(dtype=np.int64))
+    if uneven or kept != len(scores.ids) or kept != len(scores.logprobs):
+        raise CorruptArtifactError(
+            f"Row {row} has {tokens} positions, other columns of another length ({', '.join(uneven) or 'none'}), and promises {kept} "
+            f"entries where {len(scores.ids)} ids and {len(scores.logprobs)} log-probabilities are.", where=where,
+        )  # fmt: skip
+    return table.column("digest")[row].as_py(), table.column("tokens")[row].as_py(), scores
+
+
+def _row_values(column: pa.ChunkedArray, row: int) -> npt.NDArray[np.generic]:
+    for chunk in column.chunks:
+        if row < len(chunk):
+            first, last = chunk.offsets[row].as_py(), chunk.offsets[row + 1].as_py()
+            return chunk.values.slice(first, last - first).to_numpy(zero_copy_only=True)
+        row -= len(chunk)
+    raise IndexError(row)

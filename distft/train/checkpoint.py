@@ -1,0 +1,131 @@
+"""Checkpoints without pickle: float32 weights and both Adam moments as safetensors, committed by a manifest, last.
+
+A checkpoint is complete or it is not one. Loading verifies every byte, and falls back to the one before, by name, when some are
+wrong. The randomness of a step is a function of (seed, step, rank), so no generator state needs keeping.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from torch import Tensor
+
+from distft.engine.base import Engine
+from distft.errors import CorruptArtifactError, StaleArtifactError
+from distft.progress import say
+from distft.store.digest import file_sha256
+from distft.store.location import Location
+from distft.store.manifest import FileEntry, Manifest, commit, describe, differences, fetch, read_manifest
+
+PARTS = ("weight", "exp_avg", "exp_avg_sq")
+_FOLDER = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    step: int
+    facts: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run. `identity` is what training depends on; one made from anything else is refused."""
+
+    def __init__(self, folder: Location, identity: dict[str, Any], *, keep: int) -> None:
+        self.folder, self.identity, self.keep = folder, identity, keep
+
+    def save(self, step: int, engine: Engine, facts: dict[str, Any]) -> None:
+        """Commits step's checkpoint, then removes those that are too old. Called by the leading rank alone."""
+        from safetensors.torch import save_file
+
+        where = self.folder.child(f"step-{step:08d}")
+        tensors: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+        for name, tensor in engine.tensors():
+            part, _, parameter = name.partition("/")
+            tensors[part][parameter] = tensor.detach().cpu().contiguous()
+        entries = []
+        for part in PARTS:
+            name = f"data/{part}-{uuid4().hex}.safetensors"
+            path = where.scratch(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(tensors[part], path)
+                entries.append(FileEntry(name=name, size=path.stat().st_size, sha256=file_sha256(path), facts={"part": part}))
+                where.upload(name, path)
+            finally:
+                path.unlink(missing_ok=True)
+        identity = {"step": step, "run": self.identity}
+        commit(where, Manifest(kind="checkpoint", identity=identity, files=tuple(entries), facts=facts))
+        for old in self.steps()[: -self.keep]:
+            _remove(self.folder.child(f"step-{old:08d}"))
+
+    def steps(self) -> list[int]:
+        """Steps with a committed checkpoint, oldest first."""
+        found = (_FOLDER.fullmatch(name) for name in self.folder.folders())
+        numbers = sorted(int(match[1]) for match in found if match)
+        return [n for n in numbers if self.folder.child(f"step-{n:08d}").exists("MANIFEST.json")]
+
+    def restore(self, engine: Engine, staging: Path) -> Restored | None:
+        """Puts the newest good checkpoint into the engine; None when there is none to go on from."""
+        for step in reversed(self.steps()):
+            where = self.folder.child(f"step-{step:08d}")
+            try:
+                manifest = self._read(where)
+                tensors = {
+                    f"{entry.facts['part']}/{name}": tensor
+                    for entry in manifest.files
+                    for name, tensor in read_tensors(where, entry, staging)
+                }
+            except CorruptArtifactError as error:
+                say(f"{error}\nGoing on from the checkpoint before it; the bad one is set aside.")
+                _set_aside(where)
+                continue
+            engine.restore(tensors, optimizer_steps=step)
+            return Restored(step=step, facts=manifest.facts)
+        return None
+
+    def newest(self) -> tuple[Location, Manifest] | None:
+        """The newest checkpoint's folder and manifest, its files unread."""
+        steps = self.steps()
+        if not steps:
+            return None
+        where = self.folder.child(f"step-{steps[-1]:08d}")
+        return where, self._read(where)
+
+    def _read(self, where: Location) -> Manifest:
+        manifest = read_manifest(where)
+        if manifest is None:
+            raise CorruptArtifactError("The checkpoint's manifest vanished.", where=where.url)
+        changed = differences(manifest.identity["run"], self.identity)
+        if changed:
+            raise StaleArtifactError(
+                f"This run's checkpoint was made from something else:\n{describe(changed)}", where=where.url,
+                help="Undo the change to go on with the run, or give the new one another `name`.",
+            )  # fmt: skip
+        return manifest
+
+
+def read_tensors(where: Location, entry: FileEntry, staging: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one verified file."""
+    from safetensors import safe_open
+
+    with safe_open(fetch(where, entry, staging), framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  (safe_open is no dict)
+            yield name, file.get_tensor(name)
+
+
+def _remove(where: Location) -> None:
+    """The manifest first: what it named may then vanish in any order."""
+    where.delete("MANIFEST.json")
+    for name in where.names(recursive=True):
+        where.delete(name)
+
+
+def _set_aside(where: Location) -> None:
+    """Keeps the bytes for whoever wants to look, and takes the name that made them a checkpoint."""
+    where.create(f"SET-ASIDE-{uuid4().hex}.json", where.read("MANIFEST.json"))
+    where.delete("MANIFEST.json")

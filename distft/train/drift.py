@@ -1,0 +1,79 @@
+"""The forgetting meter: KL(teacher||student) in nats per token on documents that are never trained on.
+
+The same measurement, before the first step, proves that the cache is aligned: a model that is its own teacher cannot differ from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from distft.corpus.reader import Corpus, Document
+from distft.engine.base import MicroBatch
+from distft.engine.pack import batches_by_tokens
+from distft.engine.world import World
+from distft.errors import CorruptArtifactError
+from distft.objectives.loss import TokenValues
+from distft.objectives.treatment import treatment
+from distft.progress import Meter
+from distft.teacher.cache import TeacherCache
+from distft.train.batches import micro_batch, share
+
+Measure = Callable[[MicroBatch], TokenValues]
+
+OWN_TEACHER_LIMIT = {"float32": 1e-3, "bfloat16": 2e-2}
+"""Nats per token that rounding (float16 log-probabilities, another batch shape) may put between a model and its own cache. A shift
+by one token gives several nats."""
+PROBED_DOCUMENTS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """Means over the supervised tokens of some documents, in nats."""
+
+    kl: float
+    nll: float
+    teacher_nll: float
+    tokens: int
+
+    def facts(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def measure_drift(
+    measure: Measure, documents: Iterable[Document], cache: TeacherCache, world: World, *, tokens_per_batch: int,
+    meter: Meter | None = None,
+) -> Drift:  # fmt: skip
+    """How far the student is from the teacher on these documents. With a truncating policy it is a lower bound: what lies in the
+    tail counts as one category."""
+    held = list(documents)
+    sums = np.zeros(4)
+    for batch in share(batches_by_tokens([len(d.tokens) for d in held], tokens_per_batch), world):
+        chosen = [held[i] for i in batch]
+        scores = [cache.supervised(document) for document in chosen]
+        values = measure(micro_batch(chosen, [treatment(len(s.positions), ce=1.0, kl=1.0) for s in scores], scores))
+        sums += (
+            float(values.kl_N.double().sum()), float(values.ce_N.double().sum()),
+            -sum(float(s.label_logprob.sum(dtype=np.float64)) for s in scores), len(values.ce_N),
+        )  # fmt: skip
+        if meter:
+            meter.advance(sum(len(d.tokens) for d in chosen))
+    kl, nll, teacher_nll, tokens = world.total(*sums)
+    return Drift(kl=kl / tokens, nll=nll / tokens, teacher_nll=teacher_nll / tokens, tokens=int(tokens))
+
+
+def check_own_teacher(measure: Measure, corpus: Corpus, cache: TeacherCache, world: World, *, dtype: str, where: str) -> None:
+    """Refuses to train when the untouched model is not what its own cache says: a shifted, foreign or damaged cache shows here."""
+    lengths = corpus.lengths("train")
+    rows = range(min(PROBED_DOCUMENTS, len(lengths)))
+    documents = [corpus.document("train", row) for row in rows]
+    drift = measure_drift(measure, documents, cache, world, tokens_per_batch=int(max(lengths[row] for row in rows)) * 2)
+    limit = OWN_TEACHER_LIMIT[dtype]
+    if not (drift.kl <= limit and abs(drift.nll - drift.teacher_nll) <= 10 * limit):
+        raise CorruptArtifactError(
+            f"The model is its own teacher, yet on {len(documents)} documents they are {drift.kl:.3g} nats per token apart (at most "
+            f"{limit:g} is rounding) and their label losses are {drift.nll:.4f} and {drift.teacher_nll:.4f}.", where=where,
+            help="Nothing was trained. The cache is damaged or was made by another version; score into a fresh store.",
+        )  # fmt: skip

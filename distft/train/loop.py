@@ -1,0 +1,84 @@
+"""The training loop, as a story: take the step's documents, learn from them, write down what happened, keep what must not be lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from distft.config.schema import Train
+from distft.engine.base import Engine
+from distft.engine.world import World
+from distft.errors import TrainingError
+from distft.progress import track
+from distft.train.batches import Feed, StepPlan
+from distft.train.checkpoint import Checkpoints
+from distft.train.drift import Drift
+from distft.train.metrics import MetricsLog, step_line
+from distft.train.schedule import learning_rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    steps: int
+    loss: float
+    drift: Drift | None
+
+
+def train(
+    config: Train, *, engine: Engine, plan: StepPlan, feed: Feed, world: World, log: MetricsLog | None, checkpoints: Checkpoints,
+    first_step: int, drift: Callable[[], Drift] | None, label: str,
+) -> Finished:  # fmt: skip
+    """Runs steps first_step to plan.total_steps. `log` is the leading rank's; `drift` measures on all ranks."""
+    loss, drifted = float("nan"), None
+    with ThreadPoolExecutor(1) as reader, track(label, plan.total_steps, "steps", done=first_step - 1) as meter:
+        coming = reader.submit(feed.step, plan.documents(first_step)) if first_step <= plan.total_steps else None
+        for step in range(first_step, plan.total_steps + 1):
+            assert coming is not None
+            started, mine = time.monotonic(), coming.result()
+            if step < plan.total_steps:
+                coming = reader.submit(feed.step, plan.documents(step + 1))  # reads while the model computes
+            normaliser, tokens = world.total(mine.count, mine.tokens)
+            if normaliser == 0:
+                raise TrainingError(
+                    f"No token of step {step} has a weight: the objective masks all of its {tokens:.0f} tokens.",
+                    where=f"step {step}", help="Raise train.tokens_per_step, or loosen the objective's selection.",
+                )  # fmt: skip
+            torch.manual_seed(_step_seed(config.seed, step, world.rank))
+            lr = learning_rate(config, step, plan.total_steps)
+            try:
+                values = engine.train_step(mine.micro_batches, normaliser=normaliser, lr=lr)
+            except TrainingError as error:
+                raise TrainingError(
+                    error.problem, where=f"step {step}, rows {sorted(plan.documents(step).tolist())[:8]} ... of the training split",
+                    help=f"The last checkpoint is step {(checkpoints.steps() or [0])[-1]}. Lower train.lr, or look at those rows.",
+                ) from error  # fmt: skip
+            loss = values.loss
+            line = step_line(step, values, normaliser=normaliser, tokens=int(tokens), lr=lr, seconds=time.monotonic() - started)
+            last = step == plan.total_steps
+            if drift and (last or _due(config.drift_every_steps, step)):
+                drifted = drift()
+                line |= {"drift": drifted.kl, "heldout_nll": drifted.nll}
+            if log:
+                log.add({**line, "epoch": plan.epoch(step)})
+            if last or _due(config.checkpoint.every_steps, step):
+                if world.leads:
+                    facts = {"loss": loss, "drift": drifted.facts() if drifted else None, "total_steps": plan.total_steps}
+                    checkpoints.save(step, engine, facts)
+                if log:
+                    log.flush()
+                world.barrier()
+            meter.advance(note=f"loss {loss:.3f}" + (f", drift {drifted.kl:.4f}" if drifted else ""))
+    return Finished(steps=plan.total_steps, loss=loss, drift=drifted)
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Dropout and the like draw the same numbers in a step whether or not the run was interrupted before it."""
+    return (seed * 1_000_003 + step) * 65_537 + rank

@@ -1,0 +1,59 @@
+"""`metrics.jsonl`: a line per step, for people and plots.
+
+`loss` is what was minimised. `ce`, `kl`, `rkl` and `entropy` are unweighted means in nats over the tokens that bear that weight, and
+`share_*` is how large a part of the normaliser those tokens are. A resumed run drops the lines after its checkpoint and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from distft.engine.base import StepValues
+from distft.errors import MissingArtifactError
+from distft.store.location import Location
+
+NAME = "metrics.jsonl"
+REMOTE_EVERY_SECONDS = 30.0
+"""An object store has no append: the file is put whole, so often and at checkpoints."""
+
+
+class MetricsLog:
+    def __init__(self, folder: Location, *, after_step: int) -> None:
+        self.folder = folder
+        self.lines = [line for line in read_metrics(folder) if line["step"] <= after_step]
+        self._put_at = 0.0
+        self.flush()
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        path = self.folder.local(NAME)
+        if path is not None:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        elif time.monotonic() - self._put_at > REMOTE_EVERY_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        self._put_at = time.monotonic()
+        self.folder.replace(NAME, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+
+
+def read_metrics(folder: Location) -> list[dict[str, Any]]:
+    """The lines there are; a last line that was cut off by a kill is left out."""
+    try:
+        text = folder.read(NAME).decode()
+    except MissingArtifactError:
+        return []
+    whole = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def step_line(step: int, values: StepValues, *, normaliser: float, tokens: int, lr: float, seconds: float) -> dict[str, Any]:
+    line: dict[str, Any] = {"step": step, "loss": values.loss}
+    for part, total in values.sums.items():
+        line[part] = total / values.counts[part] if values.counts[part] else 0.0
+    for part, count in values.counts.items():
+        line[f"share_{part}"] = count / normaliser
+    return {**line, "tokens": tokens, "lr": lr, "grad_norm": values.grad_norm, "tokens_per_second": tokens / max(seconds, 1e-9)}

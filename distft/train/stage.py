@@ -1,0 +1,93 @@
+"""CORPUS and TEACHER to CHECKPOINTS: puts a run together, or takes it up where it stopped, and trains it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from distft.config.schema import Run
+from distft.corpus.reader import Corpus
+from distft.engine.load import load_model, token_rows
+from distft.engine.local import LocalEngine
+from distft.engine.world import World, this_device
+from distft.store.location import Location
+from distft.store.model_folder import ModelFolder
+from distft.teacher.cache import TeacherCache
+from distft.train.batches import Feed, StepPlan
+from distft.train.checkpoint import Checkpoints
+from distft.train.drift import Drift, check_own_teacher, measure_drift
+from distft.train.loop import train
+from distft.train.metrics import MetricsLog
+
+FORMAT = "distft-run-1"
+
+# What changes speed, memory or safety, never the weights that come out.
+OPERATIONAL = {"micro_batch_tokens", "engine", "workers", "checkpoint", "gradient_checkpointing", "drift_every_steps"}
+
+
+def run_identity(run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCache | None) -> dict[str, Any]:
+    """All that the trained weights depend on. A cache that the objective does not read only measures, and stays out."""
+    reads = run.objective.needs_signals or run.objective.needs_distribution
+    return {
+        "format": FORMAT,
+        "weights": model.weights_identity(),
+        "dtype": run.model.dtype,
+        "corpus": corpus.manifest.identity,
+        "teacher": cache.coverage.identity["teacher"] if cache is not None and reads else None,
+        "objective": run.objective.model_dump(),
+        "train": run.train.model_dump(mode="json", exclude=OPERATIONAL),
+    }
+
+
+def needs_cache(run: Run) -> bool:
+    """Whether training reads the teacher: for its objective, or for the drift meter."""
+    return run.objective.needs_signals or run.objective.needs_distribution or run.data.heldout is not None
+
+
+def train_run(
+    run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCache | None, store: Location, staging: Path, world: World
+) -> dict[str, Any]:
+    """Trains to the end; returns what `--json` prints. A run that is finished returns at once, without loading the model."""
+    folder = store.child("runs", run.name)
+    checkpoints = Checkpoints(
+        folder.child("checkpoints"), run_identity(run, model, corpus, cache), keep=run.train.checkpoint.keep
+    )
+    plan = StepPlan(corpus.lengths("train"), run.train)
+    newest = checkpoints.newest()
+    if newest is not None and newest[1].identity["step"] >= plan.total_steps:
+        return _result(folder, plan.total_steps, plan.total_steps, newest[1].facts)
+
+    language_model = load_model(
+        model, dtype=run.model.dtype, attention=run.model.attention, head_rows=token_rows(model), device=this_device()
+    )
+    engine = LocalEngine(language_model, run.train, world)
+    restored = checkpoints.restore(engine, staging)
+    if restored is None and cache is not None and run.teacher.path is None:
+        check_own_teacher(engine.measure, corpus, cache, world, dtype=_coarser(run), where=cache.folder.url)
+
+    def heldout_drift() -> Drift:
+        assert cache is not None, "drift needs the teacher"
+        documents = corpus.documents("heldout")
+        return measure_drift(engine.measure, documents, cache, world, tokens_per_batch=run.train.micro_batch_tokens)
+
+    done = restored.step if restored else 0
+    finished = train(
+        run.train, engine=engine, plan=plan, world=world, checkpoints=checkpoints, first_step=done + 1,
+        feed=Feed(corpus, cache, run.objective, run.train, world, one_row=run.model.attention == "flash_attention_2"),
+        log=MetricsLog(folder, after_step=done) if world.leads else None,
+        drift=heldout_drift if "heldout" in corpus.splits else None, label=f"train {run.name}",
+    )  # fmt: skip
+    facts = {"loss": finished.loss, "drift": finished.drift.facts() if finished.drift else None}
+    return _result(folder, finished.steps, done or None, facts)
+
+
+def _coarser(run: Run) -> str:
+    return "bfloat16" if "bfloat16" in (run.model.dtype, run.teacher_model.dtype) else "float32"
+
+
+def _result(folder: Location, steps: int, resumed_from: int | None, facts: dict[str, Any]) -> dict[str, Any]:
+    drift = facts.get("drift")
+    return {
+        "run": folder.url, "steps": steps, "resumed_from": resumed_from, "loss": facts["loss"],
+        "drift": None if drift is None else drift["kl"],
+    }  # fmt: skip

@@ -1,0 +1,190 @@
+"""S3 that fails in every way it is known to: what passes is tried again, what does not is told in a sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from distft.errors import CorruptArtifactError, StoreError
+from distft.store import s3
+from distft.store.location import Location, open_location
+from distft.store.manifest import FileEntry, Manifest, commit, fetch, read_manifest, verify_files
+from tests.helpers.proxy import Fault, Proxy, Trouble, proxied
+from tests.helpers.s3 import BUCKET, s3_environment, set_s3_environment
+
+PASSING: list[Fault] = ["503", "409", "drop_request", "lose_reply"]
+
+
+@pytest.fixture
+def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    monkeypatch.setattr(s3, "PAUSES", (0.001,) * len(s3.PAUSES))
+    with proxied(s3_server) as proxy:
+        set_s3_environment(monkeypatch, s3_environment(proxy.endpoint))
+        yield proxy
+
+
+@pytest.fixture
+def store(proxy: Proxy) -> Location:
+    """A store behind the proxy that has answered once, so that it is waited for with patience."""
+    store = open_location(f"s3://{BUCKET}/{os.urandom(8).hex()}")
+    assert not store.exists("x")
+    proxy.asked.clear()
+    return store
+
+
+@pytest.mark.parametrize("fault", PASSING)
+@pytest.mark.parametrize("times", [1, 3])
+def test_create_survives_passing_trouble_and_wins_once(proxy: Proxy, store: Location, fault: Fault, times: int) -> None:
+    proxy.trouble = Trouble("PUT", fault, times)
+    assert store.create("name", b"mine"), "the name was free: a lost reply must not look like another's file"
+    assert proxy.trouble.seen == times
+    assert store.read("name") == b"mine"
+    assert not store.create("name", b"other")
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_create_does_not_claim_what_another_wrote(proxy: Proxy, store: Location, fault: Fault) -> None:
+    store.create("name", b"theirs")
+    proxy.trouble = Trouble("PUT", fault)
+    assert not store.create("name", b"mine")
+    assert store.read("name") == b"theirs"
+
+
+def test_a_412_without_a_code_means_taken(proxy: Proxy, store: Location) -> None:
+    proxy.trouble = Trouble("PUT", "412")
+    assert not store.create("name", b"mine")
+    assert len([asked for asked in proxy.asked if asked.startswith("PUT")]) == 1
+
+
+@pytest.mark.parametrize("fault", ["503", "drop_request", "lose_reply", "truncate"])
+def test_reads_survive_passing_trouble(proxy: Proxy, store: Location, fault: Fault) -> None:
+    store.create("name", b"0123456789")
+    for read in (lambda: store.read("name"), lambda: store.read_range("name", 0, 10)):
+        proxy.trouble = Trouble("GET", fault, 2)
+        assert read() == b"0123456789"
+        assert proxy.trouble.seen == 2
+
+
+@pytest.mark.parametrize("fault", ["503", "drop_request", "lose_reply"])
+def test_uploads_in_parts_survive_passing_trouble(
+    proxy: Proxy, store: Location, fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+    data = os.urandom((5 << 20) + 1)
+    (tmp_path / "large").write_bytes(data)
+    for method, part in (("PUT", "partNumber=2"), ("POST", "uploadId=")):
+        proxy.trouble = Trouble(method, fault, 1, part)
+        name = f"large-{method}"
+        store.upload(name, tmp_path / "large")
+        assert proxy.trouble.seen == 1
+        assert store.read(name) == data
+
+
+def test_a_failed_upload_in_parts_is_aborted(
+    proxy: Proxy, store: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+    (tmp_path / "large").write_bytes(bytes((5 << 20) + 1))
+    proxy.trouble = Trouble("PUT", "403", 99, "partNumber=2")
+    with pytest.raises(StoreError, match="access denied"):
+        store.upload("large", tmp_path / "large")
+    assert store.names() == []
+    assert store.sweep(older_than_seconds=0) == [], "its parts would be paid for, unseen"
+
+
+def test_tries_are_bounded(proxy: Proxy, store: Location) -> None:
+    proxy.trouble = Trouble("PUT", "503", 1000)
+    with pytest.raises(StoreError, match="keeps failing"):
+        store.create("name", b"mine")
+    assert proxy.trouble.seen == len(s3.PAUSES) + 1
+
+
+@pytest.mark.parametrize(("fault", "says"), [("403", "access denied"), ("507", "no space left")])
+def test_lasting_trouble_is_told_at_once(proxy: Proxy, store: Location, fault: Fault, says: str) -> None:
+    proxy.trouble = Trouble("PUT", fault, 1000)
+    writes: list[Callable[[], object]] = [
+        lambda: store.create("name", b"mine"), lambda: store.replace("name", b"mine"), store.check_writable,
+    ]  # fmt: skip
+    for tries, write in enumerate(writes, start=1):
+        with pytest.raises(StoreError, match=says) as told:
+            write()
+        assert told.value.help
+        assert told.value.where.startswith(f"s3://{BUCKET}/")
+        assert proxy.trouble.seen == tries
+
+
+def test_wrong_bytes_that_pass_are_fetched_again_and_wrong_bytes_that_stay_are_refused(
+    proxy: Proxy, store: Location, tmp_path: Path
+) -> None:
+    store.create("data/x", b"payload")
+    entry = FileEntry(name="data/x", size=7, sha256=hashlib.sha256(b"payload").hexdigest())
+    proxy.trouble = Trouble("GET", "flip", 99)
+    with pytest.raises(CorruptArtifactError, match="data/x: sha256"):
+        fetch(store, entry, tmp_path)
+    with pytest.raises(CorruptArtifactError, match="data/x: sha256"):
+        verify_files(store, Manifest(kind="corpus", identity={}, files=(entry,)))
+    assert [path.name for path in tmp_path.iterdir()] == [f"{entry.sha256}.lock"]
+    proxy.trouble = Trouble("GET", "flip", 1)
+    assert fetch(store, entry, tmp_path).read_bytes() == b"payload"
+    assert proxy.trouble.seen == 1
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_commit_is_one_commit_through_trouble(proxy: Proxy, store: Location, fault: Fault) -> None:
+    store.create("data/x", b"payload")
+    entry = FileEntry(name="data/x", size=7, sha256=hashlib.sha256(b"payload").hexdigest())
+    manifest = Manifest(kind="corpus", identity={"a": 1}, files=(entry,))
+    proxy.trouble = Trouble("PUT", fault, 2, "MANIFEST")
+    assert commit(store, manifest) is manifest
+    assert read_manifest(store) == manifest
+
+
+def test_a_server_without_conditional_writes_is_refused_before_it_can_do_harm(proxy: Proxy, store: Location) -> None:
+    proxy.strip = {"if-none-match"}
+    with pytest.raises(StoreError, match="ignores If-None-Match"):
+        store.check_writable()
+    assert store.names() == []
+
+
+def _every_verb(store: Location) -> list[Callable[[], object]]:
+    return [
+        store.check_writable, store.names, store.folders, lambda: store.exists("x"), lambda: store.size("x"), lambda: store.read("x"),
+        lambda: store.create("x", b""), lambda: store.replace("x", b""), lambda: read_manifest(store),
+    ]  # fmt: skip
+
+
+def _told(store: Location, says: str) -> None:
+    for verb in _every_verb(store):
+        with pytest.raises(StoreError, match=says) as told:
+            verb()
+        assert told.value.help
+        assert "canary-secret" not in str(told.value)
+
+
+def test_no_such_bucket(s3_url: str) -> None:
+    _told(open_location("s3://no-such-bucket-here/x"), "no bucket 'no-such-bucket-here'")
+
+
+def test_no_credentials(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bare = {key: value for key, value in s3_environment(s3_server).items() if "KEY" not in key}
+    set_s3_environment(monkeypatch, bare)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _told(open_location(f"s3://{BUCKET}/x"), "no credentials were found")
+
+
+def test_an_endpoint_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        set_s3_environment(monkeypatch, s3_environment(f"http://user:canary-secret@127.0.0.1:{unused.getsockname()[1]}"))
+        monkeypatch.setattr(s3, "PAUSES", (0.001,) * len(s3.PAUSES))
+        _told(open_location(f"s3://{BUCKET}/x"), r"127\.0\.0\.1:\d+ cannot be reached")
+
+
+def test_an_endpoint_that_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_s3_environment(monkeypatch, s3_environment("not an address"))
+    _told(open_location(f"s3://{BUCKET}/x"), "settings are not usable")

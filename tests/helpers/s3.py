@@ -1,0 +1,90 @@
+"""A real S3 server over HTTP for tests: moto's, one process per session, started on first use and ended by its own handle."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from distft.store.location import Location, open_location
+
+BUCKET = "distft-tests"
+
+
+def s3_environment(endpoint: str) -> dict[str, str]:
+    """What a process needs in its environment to use the server at `endpoint`, and nothing of this machine's own."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test-key",
+        "AWS_SECRET_ACCESS_KEY": "canary-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+
+
+def set_s3_environment(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
+    """Makes `values` all that the environment says about S3."""
+    for key in [key for key in os.environ if key.startswith("AWS_")]:
+        monkeypatch.delenv(key)
+    for key, value in values.items():
+        monkeypatch.setenv(key, value)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of a server that holds an empty bucket."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    endpoint = f"http://127.0.0.1:{port}"
+    log = (tmp_path_factory.mktemp("moto") / "log").open("wb")
+    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
+    try:
+        _await(server, endpoint, Path(log.name))
+        # Not fs.mkdir: with a region it sends a LocationConstraint, which us-east-1 refuses, here as on AWS.
+        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{BUCKET}", method="PUT")).close()
+        yield endpoint
+    finally:
+        server.kill()
+        server.wait()
+        log.close()
+
+
+def _await(server: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
+    for _ in range(600):
+        if server.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(endpoint, timeout=5).close()
+            return
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError(f"moto did not start:\n{log.read_text()}")
+
+
+@pytest.fixture
+def s3_url(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty prefix of its own, with the environment that reaches it."""
+    set_s3_environment(monkeypatch, s3_environment(s3_server))
+    return f"s3://{BUCKET}/{uuid4().hex}"
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    """An empty store, once on the disk and once on S3: what holds for one must hold for the other."""
+    text: Any = tmp_path / "store" if request.param == "local" else request.getfixturevalue("s3_url")
+    return open_location(str(text))
