@@ -186,7 +186,6 @@ class NllTask(Section):
     kind: Literal["nll"]
     name: Name
     source: Source
-    limit: Annotated[int, Field(gt=0)] | None = None
 
 
 Task = Annotated[GenerateTask | NllTask, Field(discriminator="kind")]

@@ -36,20 +36,6 @@ class LanguageModel:
         return output.last_hidden_state.flatten(0, 1)
 
 
-def token_rows(folder: ModelFolder) -> int:
-    """Head rows that stand for a token: one more than the tokenizer's highest id. A head may have more, for alignment's sake."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
-    rows, head = max(tokenizer.get_vocab().values()) + 1, folder.vocabulary_rows()
-    if rows > head:
-        raise ModelError(
-            f"The tokenizer has ids up to {rows - 1}, the model rows for {head}.", where=str(folder.path),
-            help="They do not belong together. Use the tokenizer that the model was trained with.",
-        )  # fmt: skip
-    return rows
-
-
 def load_model(folder: ModelFolder, *, dtype: str, attention: str, head_rows: int, device: torch.device) -> LanguageModel:
     """Reads safetensors only; runs no code from the folder."""
     from transformers import AutoModelForCausalLM

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from typing import ContextManager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -99,9 +98,14 @@ class LocalEngine:
         for name, master in self.masters.items():
             yield name, master.detach()
 
-    def _evaluating(self) -> ContextManager[object]:
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         """Dropout off while it lasts."""
-        return _EvalMode(self.trained) if self.trained.training else nullcontext()
+        self.trained.eval()
+        try:
+            yield
+        finally:
+            self.trained.train()
 
     def _gather_gradients(self) -> None:
         """Moves low-precision gradients into the float32 sums."""
@@ -125,17 +129,6 @@ class LocalEngine:
     def _drop_gradients(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.grad = self.masters[name].grad = None
-
-
-class _EvalMode:
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __enter__(self) -> None:
-        self.module.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.module.train()
 
 
 def _sums(values: TokenValues, batch: MicroBatch) -> Tensor:

@@ -1,8 +1,7 @@
 """A store on S3 or a server that speaks it.
 
-Requests go through s3fs with its and botocore's own retries off: whether a reply was lost must be known here, because a lost
-`create` that is tried again finds the name taken by itself. Every reply is first understood (`Trouble`), then tried again, or
-told.
+Requests go through s3fs with its own retries and botocore's off, so that there is one policy: every failure is first understood
+(`Trouble`), then the request is tried again, a bounded number of times, or the user is told.
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ T = TypeVar("T")
 PART_BYTES = 32 << 20
 MAX_PARTS = 10_000
 TRANSFERS = 4
+WRITER = "distft-writer"
+"""The metadata key under which `create` signs a file."""
 
 PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 """Seconds between tries. A server that never answered this process gets the first three alone: a wrong address is told soon."""
@@ -74,19 +75,18 @@ class S3Location(Location):
         return data
 
     def create(self, name: str, data: bytes) -> bool:
-        lost = False
+        # A reply can be lost and the request sent again, by aiohttp too, unseen from here; it then finds the name taken by itself.
+        # The mark tells whose file that is, also from another writer's with equal bytes.
+        mark = uuid.uuid4().hex
 
         def put() -> bool:
-            nonlocal lost
             try:
-                self._call("put_object", Key=self._key(name), Body=data, IfNoneMatch="*")
+                self._call("put_object", Key=self._key(name), Body=data, IfNoneMatch="*", Metadata={WRITER: mark})
             except Exception as error:
-                trouble = understand(error)
-                if trouble is Trouble.TAKEN:
-                    # After a lost reply the file there may be our own; unique contents would tell, equal contents are as good.
-                    return lost and self.read(name) == data
-                lost = lost or trouble in (Trouble.LOST, Trouble.BUSY)
-                raise
+                if understand(error) is not Trouble.TAKEN:
+                    raise
+                found = self._head(name)
+                return found is not None and found.get("Metadata", {}).get(WRITER) == mark
             return True
 
         return self._patiently(put, "write", name)
@@ -304,6 +304,10 @@ def _endpoint() -> str:
 
 def _client() -> S3FileSystem:
     """This process's filesystem, made on first use: neither its event loop nor its connections survive a fork."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        if "@" in urlsplit(os.environ.get(name, "")).netloc:
+            help = "Give the keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and the address alone here."
+            raise StoreError(f"{name} holds a user or a password, which S3 does not use", where=name, help=help)
     settings = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
     with _lock:
         key = (os.getpid(), settings)

@@ -25,6 +25,8 @@ from distft.store.manifest import FileEntry
 VERSION_KEY: Final = b"distft.shard"
 VERSION: Final = b"1"
 
+GATHER_BYTES: Final = 1 << 20
+
 Compression = Literal["zstd", "lz4"] | None
 
 
@@ -96,6 +98,7 @@ class _HashedFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._waiting = bytearray()
         self.digest = hashlib.sha256()
         self.size = 0
         self.closed = False
@@ -103,27 +106,42 @@ class _HashedFile:
     def write(self, data: bytes | memoryview) -> int:
         if self.closed:
             raise ValueError(f"{self._path} is closed")  # the descriptor's number may be another file's by now
-        view = memoryview(data)
-        write_all(self._descriptor, view)
+        view = memoryview(data).cast("B")
         self.digest.update(view)
         self.size += view.nbytes
+        # Arrow writes headers, columns and padding one by one: small pieces are put together.
+        if view.nbytes < GATHER_BYTES:
+            self._waiting += view
+        if view.nbytes >= GATHER_BYTES or len(self._waiting) >= GATHER_BYTES:
+            self.flush()
+        if view.nbytes >= GATHER_BYTES:
+            write_all(self._descriptor, view)
         return view.nbytes
 
     def tell(self) -> int:
         return self.size
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        waiting, self._waiting = self._waiting, bytearray()
+        write_all(self._descriptor, waiting)
 
     def close(self) -> None:
         if not self.closed:
-            self.closed = True
-            os.close(self._descriptor)
+            try:
+                self.flush()
+            finally:
+                self._release()
 
     def discard(self) -> None:
         """Removes what is left under the temporary name; after an upload that is nothing, or a copy."""
-        self.close()
+        self._release()
         with contextlib.suppress(OSError):
             os.unlink(self._path)
+
+    def _release(self) -> None:
+        if not self.closed:
+            self.closed = True
+            os.close(self._descriptor)
 
 
 def open_shard(path: Path) -> pa.ipc.RecordBatchFileReader:

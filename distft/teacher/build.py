@@ -7,18 +7,14 @@ So an interrupted run loses at most a part, a larger corpus costs its new docume
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from distft.config.schema import Run, Score
+from distft.config.schema import Run
 from distft.corpus.reader import Corpus, Document
-from distft.engine.load import LanguageModel, load_model, token_rows
+from distft.corpus.render import token_rows
+from distft.engine.load import LanguageModel, load_model
 from distft.engine.pack import batches_by_tokens
 from distft.engine.world import this_device
 from distft.errors import DistftError
@@ -27,10 +23,10 @@ from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, commit, read_manifest
 from distft.store.model_folder import ModelFolder
 from distft.store.shards import ShardWriter
-from distft.teacher.encode import FORMAT, SCHEMA, to_batch
+from distft.teacher.encode import SCHEMA, to_batch
 from distft.teacher.forward import Scores, score_documents
+from distft.teacher.identity import IDENTITY, documents_key, read_parts, scored_positions, teacher_folder, teacher_identity
 
-IDENTITY = "IDENTITY.json"
 DOCUMENTS_PER_BATCH = 64
 PART_TOKENS = 1 << 20
 """The most tokens that an interruption can cost."""
@@ -46,41 +42,6 @@ class Scored:
     coverage: Manifest
     documents_scored: int
     tokens_scored: int
-
-
-def teacher_identity(folder: ModelFolder, score: Score, dtype: str) -> dict[str, Any]:
-    """What makes two caches the same: the teacher's bytes, what ids mean, the precision it ran in, and what is kept."""
-    return {
-        "format": FORMAT,
-        "weights": folder.weights_identity(),
-        "vocabulary": folder.tokenizer_identity()["vocabulary"],
-        "dtype": dtype,
-        "distribution": score.distribution.model_dump(),
-        "positions": score.positions,
-    }
-
-
-def teacher_folder(store: Location, identity: dict[str, Any]) -> Location:
-    return store.child("teacher", Manifest(kind="teacher", identity=identity, files=()).id)
-
-
-def documents_key(digests: Iterable[str]) -> str:
-    """Names a set of documents, whatever their order and number of copies."""
-    return hashlib.sha256("\n".join(sorted(set(digests))).encode()).hexdigest()[:16]
-
-
-def scored_positions(document: Document, positions: str) -> npt.NDArray[np.uint32]:
-    """Which tokens of a document the teacher is asked about. Never token 0, which nothing predicts."""
-    if positions == "all":
-        return np.arange(1, len(document.tokens), dtype=np.uint32)
-    return np.flatnonzero(document.supervised).astype(np.uint32)
-
-
-def read_parts(folder: Location) -> list[Manifest]:
-    """All committed parts, in name order."""
-    parts = folder.child("parts")
-    found = (read_manifest(parts, name) for name in parts.names())
-    return [part for part in found if part is not None]
 
 
 def build_teacher(run: Run, corpus: Corpus, model: ModelFolder, store: Location) -> Scored:

@@ -25,9 +25,9 @@ from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, fetch, read_manifest
 from distft.store.nearest import nearest
 from distft.store.shards import read_batches, read_shard
-from distft.teacher.build import IDENTITY, documents_key, read_parts, scored_positions, teacher_folder
 from distft.teacher.encode import from_table
 from distft.teacher.forward import Scores
+from distft.teacher.identity import IDENTITY, documents_key, read_parts, scored_positions, teacher_folder
 
 
 @dataclass(frozen=True, slots=True)

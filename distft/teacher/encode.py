@@ -16,8 +16,6 @@ import pyarrow as pa
 from distft.errors import CorruptArtifactError
 from distft.teacher.forward import Scores
 
-FORMAT = "distft-teacher-1"
-
 COLUMNS: dict[str, pa.DataType] = {
     "positions": pa.uint32(),
     "label_logprob": pa.float32(),

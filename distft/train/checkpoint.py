@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,9 +19,9 @@ from torch import Tensor
 from distft.engine.base import Engine
 from distft.errors import CorruptArtifactError, StaleArtifactError
 from distft.progress import say
-from distft.store.digest import file_sha256
 from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, commit, describe, differences, fetch, read_manifest
+from distft.store.put import put_file
 
 PARTS = ("weight", "exp_avg", "exp_avg_sq")
 _FOLDER = re.compile(r"step-(\d{8})")
@@ -49,15 +50,7 @@ class Checkpoints:
             tensors[part][parameter] = tensor.detach().cpu().contiguous()
         entries = []
         for part in PARTS:
-            name = f"data/{part}-{uuid4().hex}.safetensors"
-            path = where.scratch(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file(tensors[part], path)
-                entries.append(FileEntry(name=name, size=path.stat().st_size, sha256=file_sha256(path), facts={"part": part}))
-                where.upload(name, path)
-            finally:
-                path.unlink(missing_ok=True)
+            entries.append(put_file(where, part, "safetensors", partial(save_file, tensors[part]), {"part": part}))
         identity = {"step": step, "run": self.identity}
         commit(where, Manifest(kind="checkpoint", identity=identity, files=tuple(entries), facts=facts))
         for old in self.steps()[: -self.keep]:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
+from distft import stopping
 from distft.config.schema import Train
 from distft.engine.base import Engine
 from distft.engine.world import World
 from distft.errors import TrainingError
 from distft.progress import track
+from distft.stopping import Interrupted
 from distft.train.batches import Feed, StepPlan
 from distft.train.checkpoint import Checkpoints
 from distft.train.drift import Drift
@@ -34,14 +36,22 @@ def train(
 ) -> Finished:  # fmt: skip
     """Runs steps first_step to plan.total_steps. `log` is the leading rank's; `drift` measures on all ranks."""
     loss, drifted = float("nan"), None
-    with ThreadPoolExecutor(1) as reader, track(label, plan.total_steps, "steps", done=first_step - 1) as meter:
+    with (
+        stopping.gracefully(),
+        ThreadPoolExecutor(1) as reader,
+        track(label, plan.total_steps, "steps", done=first_step - 1) as meter,
+    ):
         coming = reader.submit(feed.step, plan.documents(first_step)) if first_step <= plan.total_steps else None
         for step in range(first_step, plan.total_steps + 1):
             assert coming is not None
             started, mine = time.monotonic(), coming.result()
             if step < plan.total_steps:
                 coming = reader.submit(feed.step, plan.documents(step + 1))  # reads while the model computes
-            normaliser, tokens = world.total(mine.count, mine.tokens)
+            normaliser, tokens, stop = world.total(mine.count, mine.tokens, stopping.requested())
+            if stop:
+                _keep_and_stop(
+                    step - 1, engine, world, log, checkpoints, {"loss": loss, "drift": None, "total_steps": plan.total_steps}
+                )
             if normaliser == 0:
                 raise TrainingError(
                     f"No token of step {step} has a weight: the objective masks all of its {tokens:.0f} tokens.",
@@ -73,6 +83,18 @@ def train(
                 world.barrier()
             meter.advance(note=f"loss {loss:.3f}" + (f", drift {drifted.kl:.4f}" if drifted else ""))
     return Finished(steps=plan.total_steps, loss=loss, drift=drifted)
+
+
+def _keep_and_stop(
+    step: int, engine: Engine, world: World, log: MetricsLog | None, checkpoints: Checkpoints, facts: dict[str, object]
+) -> None:
+    """Commits the last whole step, unless that was done, and ends the run."""
+    if world.leads and step > (checkpoints.steps() or [0])[-1]:
+        checkpoints.save(step, engine, facts)
+    if log:
+        log.flush()
+    world.barrier()
+    raise Interrupted(f"Stopped after step {step}, which is kept.")
 
 
 def _due(every: int | None, step: int) -> bool:

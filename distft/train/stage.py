@@ -7,7 +7,8 @@ from typing import Any
 
 from distft.config.schema import Run
 from distft.corpus.reader import Corpus
-from distft.engine.load import load_model, token_rows
+from distft.corpus.render import token_rows
+from distft.engine.load import load_model
 from distft.engine.local import LocalEngine
 from distft.engine.world import World, this_device
 from distft.store.location import Location
@@ -26,13 +27,14 @@ OPERATIONAL = {"micro_batch_tokens", "engine", "workers", "checkpoint", "gradien
 
 
 def run_identity(run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCache | None) -> dict[str, Any]:
-    """All that the trained weights depend on. A cache that the objective does not read only measures, and stays out."""
+    """All that the trained weights depend on. What only measures (the held-out split, a cache that the
+    objective does not read) stays out."""
     reads = run.objective.needs_signals or run.objective.needs_distribution
     return {
         "format": FORMAT,
         "weights": model.weights_identity(),
         "dtype": run.model.dtype,
-        "corpus": corpus.manifest.identity,
+        "corpus": {key: value for key, value in corpus.manifest.identity.items() if key != "heldout"},
         "teacher": cache.coverage.identity["teacher"] if cache is not None and reads else None,
         "objective": run.objective.model_dump(),
         "train": run.train.model_dump(mode="json", exclude=OPERATIONAL),

@@ -53,6 +53,8 @@ def test_create_does_not_claim_what_another_wrote(proxy: Proxy, store: Location,
     proxy.trouble = Trouble("PUT", fault)
     assert not store.create("name", b"mine")
     assert store.read("name") == b"theirs"
+    proxy.trouble = Trouble("PUT", fault)
+    assert not store.create("name", b"theirs"), "equal bytes are still another's"
 
 
 def test_a_412_without_a_code_means_taken(proxy: Proxy, store: Location) -> None:
@@ -180,7 +182,7 @@ def test_no_credentials(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_an_endpoint_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
-        set_s3_environment(monkeypatch, s3_environment(f"http://user:canary-secret@127.0.0.1:{unused.getsockname()[1]}"))
+        set_s3_environment(monkeypatch, s3_environment(f"http://127.0.0.1:{unused.getsockname()[1]}"))
         monkeypatch.setattr(s3, "PAUSES", (0.001,) * len(s3.PAUSES))
         _told(open_location(f"s3://{BUCKET}/x"), r"127\.0\.0\.1:\d+ cannot be reached")
 
@@ -188,3 +190,8 @@ def test_an_endpoint_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_endpoint_that_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
     set_s3_environment(monkeypatch, s3_environment("not an address"))
     _told(open_location(f"s3://{BUCKET}/x"), "settings are not usable")
+
+
+def test_an_endpoint_with_a_password_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_s3_environment(monkeypatch, s3_environment("http://user:canary-secret@127.0.0.1:1"))
+    _told(open_location(f"s3://{BUCKET}/x"), "AWS_ENDPOINT_URL holds a user or a password")

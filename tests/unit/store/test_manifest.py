@@ -18,7 +18,17 @@ import pytest
 from distft.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from distft.store import manifest as manifests
 from distft.store.location import Location, open_location
-from distft.store.manifest import FileEntry, Manifest, commit, describe, differences, fetch, fingerprint, read_manifest, verify_files
+from distft.store.manifest import (
+    FileEntry,
+    Manifest,
+    commit,
+    describe,
+    differences,
+    fetch,
+    fingerprint,
+    read_manifest,
+    verify_files,
+)
 
 IDENTITY = {"model": {"weights": "ab" * 32, "dtype": "bfloat16"}, "k": 128, "min_prob": 1e-3}
 
@@ -48,7 +58,10 @@ def test_identity_is_kind_and_values_and_nothing_else() -> None:
         {"b": 1.0, "a": {"y": 0.1, "x": None}}, {"b": 1, "a": {"y": 0.1 + 2**-54, "x": None}}, {"b": True, "a": {"y": 0.1, "x": None}},
         {"b": 1, "a": {"y": 0.1}}, {"b": "1", "a": {"y": 0.1, "x": None}},
     ]  # fmt: skip
-    assert len({same, fingerprint("corpus", {"b": 1, "a": {"y": 0.1, "x": None}}), *(fingerprint("teacher", o) for o in others)}) == 7
+    assert (
+        len({same, fingerprint("corpus", {"b": 1, "a": {"y": 0.1, "x": None}}), *(fingerprint("teacher", o) for o in others)})
+        == 7
+    )
 
 
 def test_a_fingerprint_is_pinned() -> None:

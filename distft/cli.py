@@ -1,0 +1,195 @@
+"""The command line: finds the run file, calls the verb, prints what a person or a program wants, ends with the right status.
+
+Everything heavy is imported inside verbs: `distft --help` and a bad run file must be answered at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distft import __version__, stopping
+from distft.errors import DistftError
+from distft.progress import say
+
+if TYPE_CHECKING:
+    from distft.pipeline import Pipeline
+
+app = typer.Typer(
+    name="distft", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    help="Fine-tune the full weights of a language model without making it forget.\n\nEvery verb takes a run file and overrides, as in"
+    " [cyan]distft train configs/laptop.yaml train.lr=2e-5[/]. Whatever is committed already is used, not made again.",
+    epilog="Exit status: 0 done; 2 the input is wrong; 3 an artifact is stale, missing or corrupt; 1 anything else.",
+)  # fmt: skip
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file; configs/ holds complete ones.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Laid over the file, left to right.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout at the end.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # Before anything imports them: their own bars and notices would run through ours.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    stopping.install()
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check everything and say what a run would do and cost; writes nothing."""
+    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.plan(), show=_show_plan)
+
+
+@app.command()
+def tokenize(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Data set to CORPUS: documents as token ids, with what is supervised."""
+    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.tokenize())
+
+
+@app.command()
+def score(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """CORPUS to TEACHER: the frozen model reads every document once."""
+    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.score())
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Train against the teacher cache; goes on from the last checkpoint."""
+    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.train())
+
+
+@app.command()
+def export(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Checkpoint to MODEL: a folder that transformers loads."""
+    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.export())
+
+
+@app.command()
+def evaluate(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Tasks before and after, and the drift between them."""
+    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.evaluate())
+
+
+@app.command()
+def report(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """One HTML page of what was trained, learned and lost."""
+    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.report())
+
+
+@app.command()
+def run(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """All of the above, in order; does what is missing."""
+    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.run_all())
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where the demo keeps its model, data and store.")] = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """The whole pipeline on a real small model, on this machine."""
+
+    def whole() -> dict[str, Any]:
+        from distft.demo.run import run_demo
+
+        return run_demo(folder)
+
+    _guarded(whole, as_json, show=lambda result: say(result.pop("table")))
+
+
+def _run_verb(
+    config: Path, overrides: list[str] | None, as_json: bool, verb: Callable[[Pipeline], dict[str, Any]],
+    *, show: Callable[[dict[str, Any]], None] | None = None,
+) -> None:  # fmt: skip
+    def work() -> dict[str, Any]:
+        from distft.config.check import check_run
+        from distft.config.load import load_config
+
+        loaded = load_config(config, overrides or [])
+        check_run(loaded, where=str(config))
+        from distft.pipeline import Pipeline
+
+        return verb(Pipeline(loaded))
+
+    _guarded(work, as_json, show=show or _show)
+
+
+def _guarded(work: Callable[[], dict[str, Any]], as_json: bool, *, show: Callable[[dict[str, Any]], None]) -> None:
+    """Runs a verb; turns what went wrong into one readable message and the documented exit status."""
+    try:
+        result = work()
+    except DistftError as error:
+        say(f"error: {error}")
+        if as_json:
+            _print_json({"error": error.problem, "where": error.where, "help": error.help})
+        raise typer.Exit(error.exit_status) from None
+    except KeyboardInterrupt as error:
+        say(f"{str(error) or 'Stopped.'} The same command goes on from what is committed.")
+        if as_json:
+            _print_json({"error": "interrupted", "where": "", "help": "Run the same command again."})
+        raise typer.Exit(1) from None
+    except Exception as error:  # a bug of ours: the traceback is for whoever mends it
+        if as_json:
+            _print_json({"error": f"{type(error).__name__}: {error}", "where": "distft", "help": "Please report the traceback."})
+        raise
+    if as_json:
+        _print_json(result)
+    else:
+        show(result)
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
+
+
+def _show(result: dict[str, Any], indent: str = "") -> None:
+    """Figures for a person, a line each."""
+    for key, value in result.items():
+        if isinstance(value, dict):
+            say(f"{indent}{key}")
+            _show(value, indent + "  ")
+        else:
+            say(f"{indent}{key}: {_figure(value)}")
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _show_plan(result: dict[str, Any]) -> None:
+    from distft.plan.show import plan_text
+
+    say(plan_text(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Rules that hold between sections. All problems are found before one error names them."""
+
+from __future__ import annotations
+
+from distft.config.schema import NoDistribution, Run
+from distft.errors import ConfigError
+
+
+def check_run(run: Run, *, where: str) -> None:
+    """Raises a ConfigError that lists every pair of settings that cannot go together."""
+    problems = [*_objective(run), *_model(run), *_data(run), *_tasks(run)]
+    if problems:
+        raise ConfigError("\n".join(["Settings that do not go together:", *(f"  {p}" for p in problems)]), where=where)
+
+
+def _objective(run: Run) -> list[str]:
+    if run.objective.needs_distribution and isinstance(run.score.distribution, NoDistribution):
+        return [
+            f"objective.kind={run.objective.kind} needs the teacher's distribution, and score.distribution.kind=none keeps "
+            "signals alone; set it to topk"
+        ]
+    if isinstance(run.score.distribution, NoDistribution) and run.data.heldout is not None:
+        return [
+            "data.heldout is for measuring drift, which needs a distribution: set score.distribution.kind=topk, or heldout to null"
+        ]
+    return []
+
+
+def _model(run: Run) -> list[str]:
+    if run.teacher.path is None and run.teacher.revision is not None:
+        return ["teacher.revision is set without teacher.path: the teacher is the model itself, at model.revision"]
+    return []
+
+
+def _data(run: Run) -> list[str]:
+    problems = []
+    if run.data.heldout is not None and run.data.heldout == run.data.train:
+        problems.append("data.heldout is the same source as data.train: drift would be measured on what is trained")
+    if run.train.drift_every_steps is not None and run.data.heldout is None:
+        problems.append("train.drift_every_steps is set without data.heldout: there is nothing to measure drift on")
+    if run.train.max_steps is not None and run.train.warmup_steps > run.train.max_steps:
+        problems.append(f"train.warmup_steps={run.train.warmup_steps} is more than train.max_steps={run.train.max_steps}")
+    return problems
+
+
+def _tasks(run: Run) -> list[str]:
+    names = [task.name for task in run.evaluate.tasks]
+    return [f"evaluate.tasks: the name {name!r} stands twice" for name in sorted({n for n in names if names.count(n) > 1})]

@@ -1,0 +1,196 @@
+"""Reads a run file: YAML, then overrides, then the schema; every problem is reported at once, by its dotted path."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from distft.config.schema import Run
+from distft.errors import ConfigError
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
+    """The run in a file with overrides `section.key=value` laid over it, left to right."""
+    document = _read(path)
+    for override in overrides:
+        _lay_over(document, override)
+    return validate(document, where=str(path))
+
+
+def validate(document: dict[str, Any], *, where: str) -> Run:
+    """The run that a parsed document describes, or a ConfigError that lists everything wrong with it."""
+    try:
+        return Run.model_validate(document)
+    except ValidationError as error:
+        problems = [_sentence(dict(detail)) for detail in error.errors(include_url=False)]
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise ConfigError("\n".join([f"{count} in the run file:", *(f"  {p}" for p in problems)]), where=where,
+                      help="README, section 'The run file', explains every key.")  # fmt: skip
+
+
+def dump(run: Run) -> str:
+    """The resolved run as YAML: every key, defaults included. Holds no secrets, since the schema has no place for one."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML in which a key stands once and 1e-5 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 1e-5 as a string, since it wants a dot and a sign; every other tool reads a number.
+_Strict.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Strict)  # noqa: S506  (a SafeLoader subclass)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = _parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError("There is no such run file.", where=str(path), help="configs/ holds complete examples.") from error
+    except IsADirectoryError as error:
+        raise ConfigError("This is a folder; a run file is wanted.", where=str(path)) from error
+    except OSError as error:
+        raise ConfigError(f"The run file cannot be read: {error.strerror}.", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The run file is not UTF-8: {error.reason} at byte {error.start}.", where=str(path)) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise ConfigError(
+            f"The run file is not valid YAML: {getattr(error, 'problem', error)}.", where=f"{path}{place}"
+        ) from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"A run file is a mapping of sections; this is {_shape(document)}.", where=str(path))
+    return document
+
+
+def _lay_over(document: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{override!r} is not an override.", help="Write section.key=value, as in train.lr=2e-5.")
+    try:
+        value = _parse(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"The value of {override!r} is not valid YAML.", help="Quote it for the shell: 'a.b=[1, 2]'."
+        ) from error
+    section: Any = document
+    for key in keys[:-1]:
+        section = section.setdefault(key, {}) if isinstance(section, dict) else None
+        if section is None or not isinstance(section, dict):
+            raise ConfigError(f"{override!r} reaches into {key!r}, which is not a section.", where=dotted)
+    old, last = section.get(keys[-1]), keys[-1]
+    if isinstance(old, dict) and isinstance(value, dict):
+        raise ConfigError(f"{override!r} would replace a whole section.", where=dotted, help="Override its keys one by one.")
+    # Another kind brings other keys: those of the old kind would only be complained about.
+    if last == "kind" and old not in (None, value):
+        section.clear()
+    section[last] = value
+
+
+def _sentence(detail: dict[str, Any]) -> str:
+    """One problem, as `path: what is wrong; what may stand there`."""
+    path = _dotted(detail["loc"])
+    kind, given = detail["type"], detail.get("input")
+    if kind == "missing":
+        return f"{path}: is missing"
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(detail["loc"][-1]), list(_siblings(detail["loc"])), n=1, cutoff=0.5)
+        known = ", ".join(sorted(_siblings(detail["loc"])))
+        return f"{path}: no such key; " + (f"did you mean {near[0]!r}?" if near else f"known are {known}")
+    if kind == "union_tag_not_found":
+        return f"{path}.kind: is missing; one of {detail['ctx'].get('expected_tags') or _tags(detail['loc'])}"
+    if kind == "union_tag_invalid":
+        expected = [tag.strip().strip("'") for tag in detail["ctx"]["expected_tags"].split(",")]
+        near = difflib.get_close_matches(str(detail["ctx"]["tag"]), expected, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{path}.kind: {detail['ctx']['tag']!r} is none of {', '.join(expected)}{hint}"
+    message = detail["msg"][:1].lower() + detail["msg"][1:]
+    return (
+        f"{path}: {given!r}: {message}" if isinstance(given, str | int | float | bool) or given is None else f"{path}: {message}"
+    )
+
+
+def _dotted(location: tuple[Any, ...]) -> str:
+    """The path as an override would write it: pydantic's location without union tags, and with [n] for places in a list."""
+    text = ""
+    for part in _without_tags(location):
+        text += f"[{part}]" if isinstance(part, int) else f"{'.' if text else ''}{part}"
+    return text or "(the whole file)"
+
+
+def _without_tags(location: tuple[Any, ...]) -> Iterator[Any]:
+    """Drops the parts of a location that name a union's branch: where a union stands, the next string is its tag."""
+    annotation: Any = Run
+    for part in location:
+        branches = {
+            branch.model_fields["kind"].annotation: branch for branch in _models(annotation) if "kind" in branch.model_fields
+        }
+        tags = {get_args(kind)[0]: branch for kind, branch in branches.items()}
+        if len(_models(annotation)) > 1 and part in tags:
+            annotation = tags[part]
+            continue
+        yield part
+        annotation = _step(annotation, part)
+
+
+def _step(annotation: Any, part: Any) -> Any:
+    """The annotation one key or list place further in."""
+    if isinstance(part, int):
+        return next(iter(get_args(annotation)), None) if get_origin(annotation) is tuple else annotation
+    for model in _models(annotation):
+        if part in model.model_fields:
+            return model.model_fields[part].annotation
+    return None
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models that an annotation admits."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _siblings(location: tuple[Any, ...]) -> set[str]:
+    """The keys that may stand where an unknown one stood."""
+    annotation: Any = Run
+    for part in location[:-1]:
+        tagged = [
+            m for m in _models(annotation) if "kind" in m.model_fields and part in get_args(m.model_fields["kind"].annotation)
+        ]
+        annotation = tagged[0] if len(_models(annotation)) > 1 and tagged else _step(annotation, part)
+    return {key for model in _models(annotation) for key in model.model_fields}
+
+
+def _tags(location: tuple[Any, ...]) -> str:
+    annotation: Any = Run
+    for part in location:
+        annotation = _step(annotation, part)
+    return ", ".join(get_args(m.model_fields["kind"].annotation)[0] for m in _models(annotation))
+
+
+def _shape(document: Any) -> str:
+    return "empty" if document is None else f"a {type(document).__name__}"

@@ -1,0 +1,150 @@
+"""Reads CORPUS: documents in order or by number, straight out of memory-mapped files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from distft.corpus.build import KIND
+from distft.corpus.tabulate import SCHEMA, SUPERVISED
+from distft.errors import CorruptArtifactError, MissingArtifactError
+from distft.store.location import Location
+from distft.store.manifest import Manifest, fetch, read_manifest
+from distft.store.shards import read_shard
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document. `supervised[t]` belongs to token t, which is predicted from those before it; `supervised[0]` is False.
+    `tokens` is a view of the file."""
+
+    digest: str
+    tokens: npt.NDArray[np.uint32]
+    supervised: npt.NDArray[np.bool_]
+    file: str
+    row: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Corpus:
+    """A committed corpus. A split's files are fetched and checked when it is first asked for."""
+
+    def __init__(self, folder: Location, manifest: Manifest, staging: Path) -> None:
+        self.folder, self.manifest, self.staging = folder, manifest, staging
+        self._splits: dict[str, _Split] = {}
+
+    @classmethod
+    def open(cls, folder: Location, staging: Path) -> Corpus:
+        """The corpus in `folder`; `staging` is where files of a remote store are kept."""
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise MissingArtifactError("no corpus is committed here", where=folder.url, help="Run `distft tokenize CONFIG`.")
+        if manifest.kind != KIND:
+            raise CorruptArtifactError(f"a {manifest.kind} where a corpus should be", where=folder.url)
+        return cls(folder, manifest, staging)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """`train`, and `heldout` where the data has one."""
+        return tuple(self.manifest.facts)
+
+    def count(self, split: str) -> int:
+        """Documents of a split."""
+        return self._split(split).starts[-1].item()
+
+    def document(self, split: str, index: int) -> Document:
+        """The document with this number, in the order of the rows."""
+        return self._split(split).document(index)
+
+    def documents(self, split: str) -> Iterator[Document]:
+        """All documents in the order of the rows."""
+        found = self._split(split)
+        return (found.document(index) for index in range(found.starts[-1]))
+
+    def digests(self, split: str) -> list[str]:
+        """The documents' names, in their order; a row that occurs twice does so here."""
+        return self._split(split).digests
+
+    def lengths(self, split: str) -> npt.NDArray[np.int64]:
+        """Tokens of each document, in their order."""
+        return self._split(split).lengths
+
+    def supervised_counts(self, split: str) -> npt.NDArray[np.int64]:
+        """Supervised tokens of each document, in their order."""
+        return self._split(split).supervised_counts
+
+    def _split(self, split: str) -> _Split:
+        if split not in self._splits:
+            if split not in self.splits:
+                raise MissingArtifactError(
+                    f"this corpus has no split {split!r}; it has {', '.join(self.splits)}",
+                    where=self.folder.url,
+                    help=f"Give `data.{split}` in the run file, and run `distft tokenize CONFIG`.",
+                )
+            entries = [entry for entry in self.manifest.files if entry.facts.get("split") == split]
+            tables = [_sound(read_shard(fetch(self.folder, entry, self.staging)), entry.name) for entry in entries]
+            self._splits[split] = _Split([_Batch(batch) for table in tables for batch in table.to_batches() if len(batch)])
+        return self._splits[split]
+
+
+class _Batch:
+    """A record batch as arrays that share its memory."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        tokens, flags = batch.column("tokens"), batch.column("flags")
+        self.digest, self.file, self.row = batch.column("digest"), batch.column("file"), batch.column("row")
+        self.offsets = tokens.offsets.to_numpy()
+        self.tokens = tokens.values.to_numpy()
+        self.flags = flags.values.to_numpy()
+        if len(self.tokens) != len(self.flags) or not np.array_equal(self.offsets, flags.offsets.to_numpy()):
+            raise CorruptArtifactError("a corpus batch whose tokens and flags differ in number")
+
+
+class _Split:
+    def __init__(self, batches: list[_Batch]) -> None:
+        self.batches = batches
+        self.starts = np.cumsum([0, *(len(batch.row) for batch in batches)])
+
+    def document(self, index: int) -> Document:
+        if not 0 <= index < self.starts[-1]:
+            raise IndexError(f"document {index} of {self.starts[-1]}")
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        batch, place = self.batches[number], index - int(self.starts[number])
+        start, end = batch.offsets[place], batch.offsets[place + 1]
+        return Document(
+            digest=batch.digest[place].as_py(),
+            tokens=batch.tokens[start:end],
+            supervised=(batch.flags[start:end] & SUPERVISED).astype(np.bool_),
+            file=batch.file[place].as_py(),
+            row=batch.row[place].as_py(),
+        )
+
+    @cached_property
+    def digests(self) -> list[str]:
+        return [digest for batch in self.batches for digest in batch.digest.to_pylist()]
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        return np.concatenate([np.empty(0, np.int64), *(np.diff(batch.offsets) for batch in self.batches)]).astype(np.int64)
+
+    @cached_property
+    def supervised_counts(self) -> npt.NDArray[np.int64]:
+        # No document is empty, so each offset but the last begins a sum.
+        sums = [np.add.reduceat(batch.flags & SUPERVISED, batch.offsets[:-1], dtype=np.int64) for batch in self.batches]
+        return np.concatenate([np.empty(0, np.int64), *sums])
+
+
+def _sound(table: pa.Table, name: str) -> pa.Table:
+    if not table.schema.equals(SCHEMA, check_metadata=False):
+        raise CorruptArtifactError(f"{name} has other columns than a corpus", where=name, help="Run `distft tokenize CONFIG`.")
+    if any(column.null_count for column in table.columns):
+        raise CorruptArtifactError(f"{name} has values that are missing", where=name, help="Run `distft tokenize CONFIG`.")
+    return table

@@ -1,0 +1,171 @@
+"""MODEL to EVAL: every task on the model before and after, and the drift between them.
+
+What one model did on one task is an artifact of its own, `eval/<id>/`, known by the model's bytes and the task's: the untouched model
+is evaluated once, whatever the number of runs that start from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from distft.config.schema import GenerateTask, NllTask, Run
+from distft.corpus.chat import load_tokenizer
+from distft.corpus.reader import Corpus, Document
+from distft.corpus.render import render_source, token_rows
+from distft.engine.base import MicroBatch
+from distft.engine.head import measure_batch
+from distft.engine.load import LanguageModel, load_model
+from distft.engine.pack import batches_by_tokens
+from distft.engine.world import World, this_device
+from distft.errors import MissingArtifactError
+from distft.evaluate.generate import answers
+from distft.evaluate.judge import is_right
+from distft.evaluate.tasks import read_items
+from distft.objectives.treatment import treatment
+from distft.progress import track
+from distft.store.location import Location
+from distft.store.manifest import FileEntry, Manifest, commit, fetch, read_manifest
+from distft.store.model_folder import ModelFolder, resolve_model
+from distft.store.put import put_file
+from distft.teacher.cache import TeacherCache
+from distft.train.batches import micro_batch
+from distft.train.drift import measure_drift
+
+SUMMARY = "summary.json"
+
+
+def evaluate_run(
+    run: Run, base: ModelFolder, corpus: Corpus, cache: TeacherCache | None, store: Location, staging: Path
+) -> dict[str, Any]:  # fmt: skip
+    """Scores before and after, each with the artifact that holds its items; written to `runs/<name>/eval/summary.json` too."""
+    folder = store.child("runs", run.name)
+    tuned = _exported(folder.child("model"), staging)
+    scores: dict[str, dict[str, Any]] = {}
+    drift = None
+    for label, model in (("before", base), ("after", tuned)):
+        loaded = _Lazily(run, model)
+        for task in run.evaluate.tasks:
+            scores.setdefault(task.name, {})[label] = _task(run, task, loaded, store)
+        if label == "after" and cache is not None and "heldout" in corpus.splits:
+            documents = list(corpus.documents("heldout"))
+            with track("drift", sum(len(d.tokens) for d in documents), "tokens") as meter:
+                drift = measure_drift(
+                    loaded.measure, documents, cache, World(), tokens_per_batch=run.evaluate.tokens_per_batch, meter=meter
+                ).facts()
+    summary = {"scores": scores, "drift": drift}
+    folder.child("eval").replace(SUMMARY, json.dumps(summary, indent=1).encode())
+    return {"eval": folder.child("eval").url, **summary}
+
+
+class _Lazily:
+    """A model that is loaded when something asks for it: results that are there already cost no weights."""
+
+    def __init__(self, run: Run, folder: ModelFolder) -> None:
+        self.run, self.folder = run, folder
+        self._model: LanguageModel | None = None
+
+    @property
+    def model(self) -> LanguageModel:
+        if self._model is None:
+            config = self.run.model
+            self._model = load_model(
+                self.folder,
+                dtype=config.dtype,
+                attention=config.attention,
+                head_rows=token_rows(self.folder),
+                device=this_device(),
+            )
+        return self._model
+
+    def measure(self, batch: MicroBatch) -> Any:
+        return measure_batch(self.model, batch)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "weights": self.folder.weights_identity(),
+            "tokenizer": self.folder.tokenizer_identity(),
+            "dtype": self.run.model.dtype,
+        }
+
+
+def _task(run: Run, task: GenerateTask | NllTask, model: _Lazily, store: Location) -> dict[str, Any]:
+    items_digest: Any
+    if isinstance(task, GenerateTask):
+        items = read_items(task)
+        items_digest = hashlib.sha256(json.dumps([(i.messages, i.answer) for i in items]).encode()).hexdigest()
+        settings = task.model_dump(exclude={"path", "name", "limit"})
+    else:
+        items = render_source(task.source, model.folder, max_tokens=run.data.max_tokens)
+        items_digest = hashlib.sha256("\n".join(d.digest for d in items).encode()).hexdigest()
+        settings = {"kind": "nll"}
+    identity = {"model": model.identity(), "settings": settings, "items": items_digest}
+    folder = store.child("eval", Manifest(kind="evaluation", identity=identity, files=()).id)
+    done = read_manifest(folder)
+    if done is None:
+        rows = _generated(run, task, model, items) if isinstance(task, GenerateTask) else _likelihoods(run, task, model, items)
+        done = commit(
+            folder, Manifest(kind="evaluation", identity=identity, files=(_put(folder, rows),), facts=_facts(task, rows))
+        )
+    return {**done.facts, "items": f"{folder.url}/{done.files[0].name}"}
+
+
+def _generated(run: Run, task: GenerateTask, model: _Lazily, items: list[Any]) -> list[dict[str, Any]]:
+    tokenizer = load_tokenizer(model.folder)
+    with track(f"evaluate {task.name}", len(items), "answers") as meter:
+        given = answers(
+            model.model.whole, tokenizer, [item.messages for item in items], max_new_tokens=task.max_new_tokens,
+            tokens_per_batch=run.evaluate.tokens_per_batch, meter=meter,
+        )  # fmt: skip
+    return [
+        {"prompt": item.messages, "reference": item.answer, "answer": text, "right": is_right(task.judge, text, item.answer)}
+        for item, text in zip(items, given, strict=True)
+    ]
+
+
+def _likelihoods(run: Run, task: NllTask, model: _Lazily, documents: list[Document]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [{} for _ in documents]
+    with track(f"evaluate {task.name}", sum(len(d.tokens) for d in documents), "tokens") as meter:
+        for batch in batches_by_tokens([len(d.tokens) for d in documents], run.evaluate.tokens_per_batch):
+            chosen = [documents[i] for i in batch]
+            counts = [int(d.supervised.sum()) for d in chosen]
+            values = model.measure(micro_batch(chosen, [treatment(n, ce=1.0) for n in counts], None))
+            for i, nll_T in zip(batch, values.ce_N.double().split(counts), strict=True):
+                rows[i] = {"document": documents[i].digest, "nll": float(nll_T.sum()), "tokens": len(nll_T)}
+            meter.advance(sum(len(d.tokens) for d in chosen))
+    return rows
+
+
+def _facts(task: GenerateTask | NllTask, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    if isinstance(task, GenerateTask):
+        return {"kind": "generate", "accuracy": sum(row["right"] for row in rows) / len(rows), "count": len(rows)}
+    tokens = sum(row["tokens"] for row in rows)
+    return {"kind": "nll", "nll": sum(row["nll"] for row in rows) / tokens, "count": len(rows), "tokens": tokens}
+
+
+def _put(folder: Location, rows: list[dict[str, Any]]) -> FileEntry:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return put_file(folder, "items", "jsonl", lambda path: path.write_text(text, encoding="utf-8"), {"rows": len(rows)})
+
+
+def _exported(folder: Location, staging: Path) -> ModelFolder:
+    """The exported model as a local folder; one on S3 is brought here, verified."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise MissingArtifactError(
+            "The run has no exported model.", where=folder.url, help="Run `distft export` with this config."
+        )
+    local = folder.local("config.json")
+    if local is not None:
+        for entry in manifest.files:
+            fetch(folder, entry, staging)
+        return resolve_model(str(local.parent), None)
+    target = staging / "models" / manifest.content_digest
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in manifest.files:
+        path = target / entry.name
+        if not path.exists():
+            path.symlink_to(fetch(folder, entry, staging))
+    return resolve_model(str(target), None)

@@ -1,0 +1,55 @@
+"""Task files: JSONL with a prompt and the answer that is right."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distft.config.schema import GenerateTask
+from distft.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One question. `messages` is a chat that ends with the user's turn."""
+
+    messages: list[dict[str, Any]]
+    answer: str
+
+
+def read_items(task: GenerateTask) -> list[Item]:
+    """All items of a task, or its first `limit`; a bad line is an error that names it."""
+    path = Path(task.path)
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"The task {task.name} cannot be read: {error.strerror}.", where=str(path)) from error
+    items = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            items.append(_item(line, where=f"{path}:{number}"))
+        if task.limit is not None and len(items) == task.limit:
+            break
+    if not items:
+        raise DataError(f"The task {task.name} has no items.", where=str(path))
+    return items
+
+
+def _item(line: bytes, *, where: str) -> Item:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"Not a JSON object in UTF-8: {error}.", where=where) from error
+    if not isinstance(row, dict) or "prompt" not in row or "answer" not in row:
+        keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(f"A task's line needs `prompt` and `answer`; this has {keys}.", where=where)
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+        raise DataError("`prompt` is neither a string nor a list of {role, content}.", where=where)
+    if not isinstance(row["answer"], str | int | float):
+        raise DataError(f"`answer` is a {type(row['answer']).__name__}; a string or a number is wanted.", where=where)
+    return Item(messages=prompt, answer=str(row["answer"]))

@@ -1,0 +1,84 @@
+"""CHECKPOINTS to MODEL: a folder that transformers loads, with the tokenizer's files as they came."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from distft.config.schema import Run
+from distft.errors import MissingArtifactError
+from distft.progress import track
+from distft.store.digest import file_sha256
+from distft.store.location import Location
+from distft.store.manifest import FileEntry, Manifest, commit, read_manifest
+from distft.store.model_folder import ModelFolder
+from distft.train.checkpoint import Checkpoints, read_tensors
+
+
+def export_run(run: Run, model: ModelFolder, run_identity: dict[str, Any], store: Location, staging: Path) -> dict[str, Any]:
+    """Writes `runs/<name>/model/` from the newest checkpoint; a model that is there already is left as it is.
+
+    The files have the names that transformers wants, so they cannot be unique: what an interrupted export left is removed first,
+    and only the manifest says that the folder is whole."""
+    folder = store.child("runs", run.name, "model")
+    newest = Checkpoints(store.child("runs", run.name, "checkpoints"), run_identity, keep=run.train.checkpoint.keep).newest()
+    if newest is None:
+        raise MissingArtifactError(f"The run {run.name} has no checkpoint.", where=store.child("runs", run.name).url,
+                                   help="Run `distft train` with this config first.")  # fmt: skip
+    where, checkpoint = newest
+    dtype = run.export.dtype or run.model.dtype
+    identity = {"checkpoint": checkpoint.identity, "dtype": dtype, "shard_bytes": run.export.shard_bytes}
+    there = read_manifest(folder)
+    if there is not None and there.identity == identity:
+        return {"model": folder.url}
+    folder.delete("MANIFEST.json")
+    for name in folder.names(recursive=True):
+        folder.delete(name)
+
+    weights = next(entry for entry in checkpoint.files if entry.facts["part"] == "weight")
+    with tempfile.TemporaryDirectory(dir=_beside(folder)) as scratch:
+        made = Path(scratch) / "model"
+        _write_model(model, dict(read_tensors(where, weights, staging)), made, dtype=dtype, shard_bytes=run.export.shard_bytes)
+        for file in model.tokenizer_files():
+            shutil.copyfile(file, made / file.name)
+        paths = sorted(path for path in made.iterdir() if path.is_file())
+        entries = []
+        with track("export", sum(path.stat().st_size for path in paths) / 2**20, "MiB") as meter:
+            for path in paths:
+                entries.append(FileEntry(name=path.name, size=path.stat().st_size, sha256=file_sha256(path)))
+                folder.upload(path.name, path)
+                meter.advance(entries[-1].size / 2**20)
+    commit(folder, Manifest(kind="model", identity=identity, files=tuple(entries)))
+    return {"model": folder.url}
+
+
+def _write_model(source: ModelFolder, weights: dict[str, Any], target: Path, *, dtype: str, shard_bytes: int) -> None:
+    """Builds the architecture with no weights of its own, puts the trained ones in, and lets transformers name them on disk."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from distft.engine.load import DTYPES
+
+    config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        whole: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    state = {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
+    whole.load_state_dict(state, assign=True, strict=False)
+    whole.tie_weights()
+    bare = sorted(name for name, parameter in whole.named_parameters() if parameter.is_meta)
+    if bare:
+        raise RuntimeError(f"the checkpoint has no weights for {bare[:5]}")
+    if (source.path / "generation_config.json").exists():
+        whole.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
+    whole.save_pretrained(target, max_shard_size=shard_bytes)
+
+
+def _beside(folder: Location) -> Path | None:
+    """A place on the store's own file system, so that files are moved and not copied; the system's temporary one otherwise."""
+    path = folder.local("x")
+    if path is None:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent

@@ -1,0 +1,179 @@
+"""The verbs as functions: from a run file to artifacts, each stage finding its inputs in the store by what they are.
+
+Used by the command line and by the demo alike. Every function returns the object that `--json` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from distft.config.load import dump
+from distft.config.schema import Run
+from distft.corpus.build import build_corpus, corpus_identity
+from distft.corpus.reader import Corpus
+from distft.errors import MissingArtifactError, ModelError, StaleArtifactError
+from distft.progress import say
+from distft.store.digest import memo_path
+from distft.store.location import Location, open_location
+from distft.store.manifest import Manifest
+from distft.store.model_folder import ModelFolder, resolve_model
+from distft.store.nearest import nearest
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One run file's way through the store."""
+
+    run: Run
+
+    @cached_property
+    def store(self) -> Location:
+        return open_location(self.run.store)
+
+    @cached_property
+    def staging(self) -> Path:
+        """Where verified local copies are kept; may be deleted at any time."""
+        return memo_path().parent / "staging"
+
+    @cached_property
+    def model(self) -> ModelFolder:
+        return resolve_model(self.run.model.path, self.run.model.revision)
+
+    @cached_property
+    def teacher(self) -> ModelFolder:
+        """The teacher, which must mean the same by every token id as the model."""
+        config = self.run.teacher_model
+        teacher = resolve_model(config.path, config.revision)
+        ours, theirs = self.model.tokenizer_identity()["vocabulary"], teacher.tokenizer_identity()["vocabulary"]
+        if ours != theirs:
+            raise ModelError(
+                f"Teacher and model have different vocabularies ({theirs[:12]}, {ours[:12]}): the same id is another token.",
+                where=str(teacher.path), help="Take a teacher with the model's own tokenizer.",
+            )  # fmt: skip
+        return teacher
+
+    @property
+    def folder(self) -> Location:
+        return self.store.child("runs", self.run.name)
+
+    @cached_property
+    def corpus_identity(self) -> dict[str, Any]:
+        return corpus_identity(self.run.data, self.model)
+
+    @cached_property
+    def teacher_identity(self) -> dict[str, Any]:
+        from distft.teacher.identity import teacher_identity
+
+        return teacher_identity(self.teacher, self.run.score, self.run.teacher_model.dtype)
+
+    def corpus(self) -> Corpus:
+        """The corpus of this config, or an error that says what the nearest one was made from."""
+        identity = self.corpus_identity
+        folder = self.store.child("corpus", Manifest(kind="corpus", identity=identity, files=()).id)
+        if folder.exists("MANIFEST.json"):
+            return Corpus.open(folder, self.staging)
+        other = nearest(self.store.child("corpus"), identity)
+        if other is None:
+            raise MissingArtifactError("There is no corpus in this store.", where=self.store.url,
+                                       help="Run `distft tokenize` with this config.")  # fmt: skip
+        raise StaleArtifactError(
+            f"No corpus fits this config. {other}", where=folder.url,
+            help="If the change is meant, run `distft tokenize` and `distft score` with this config; else undo it.",
+        )  # fmt: skip
+
+    def plan(self) -> dict[str, Any]:
+        from distft.plan.artifacts import survey
+
+        folder = self.store.child("corpus", Manifest(kind="corpus", identity=self.corpus_identity, files=()).id)
+        digests = None
+        if folder.exists("MANIFEST.json"):
+            corpus = Corpus.open(folder, self.staging)
+            digests = {digest for split in corpus.splits for digest in corpus.digests(split)}
+        statuses, estimate = survey(
+            self.run, self.model, self.store, corpus_identity=self.corpus_identity, digests=digests,
+            teacher_identity=self.teacher_identity if self._needs_cache else None,
+        )  # fmt: skip
+        return {
+            "artifacts": [status.facts() for status in statuses],
+            "estimate": estimate.facts(),
+            "config": self.run.model_dump(mode="json"),
+        }
+
+    def tokenize(self) -> dict[str, Any]:
+        self.store.check_writable()
+        manifest = build_corpus(self.run.data, self.model, self.store)
+        splits = manifest.facts.values()
+        totals = {key: sum(split[key] for split in splits) for key in ("documents", "tokens", "supervised_tokens", "dropped")}
+        return {"corpus": self.store.child("corpus", manifest.id).url, **totals}
+
+    def score(self) -> dict[str, Any]:
+        from distft.teacher.build import build_teacher
+
+        corpus = self.corpus()
+        self.store.check_writable()
+        scored = build_teacher(self.run, corpus, self.teacher, self.store)
+        facts = scored.coverage.facts
+        return {
+            "teacher": scored.folder.url, "documents": facts["documents"], "documents_scored": scored.documents_scored,
+            "tokens_scored": scored.tokens_scored, "bytes_per_token": facts["bytes"] / max(1, facts["scored_tokens"]),
+        }  # fmt: skip
+
+    def train(self) -> dict[str, Any]:
+        from distft.engine.world import join_world
+        from distft.train.stage import train_run
+
+        corpus = self.corpus()
+        cache = self._cache(corpus)
+        self.store.check_writable()
+        with join_world() as world:
+            if world.leads:
+                self.folder.replace("config.yaml", dump(self.run).encode())
+            return train_run(self.run, self.model, corpus, cache, self.store, self.staging, world)
+
+    def export(self) -> dict[str, Any]:
+        from distft.export import export_run
+        from distft.train.stage import run_identity
+
+        corpus = self.corpus()
+        identity = run_identity(self.run, self.model, corpus, self._cache(corpus))
+        return export_run(self.run, self.model, identity, self.store, self.staging)
+
+    def evaluate(self) -> dict[str, Any]:
+        from distft.evaluate.stage import evaluate_run
+
+        corpus = self.corpus()
+        return evaluate_run(self.run, self.model, corpus, self._cache(corpus), self.store, self.staging)
+
+    def report(self) -> dict[str, Any]:
+        from distft.report.page import write_report
+
+        return {"page": write_report(self.store, [self.run.name], page=self.folder)}
+
+    def stages(self) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+        """The verbs that `run` chains, in order."""
+        return [(name, getattr(self, name)) for name in ("tokenize", "score", "train", "export", "evaluate", "report")]
+
+    def run_all(self) -> dict[str, Any]:
+        """Whatever is missing; what is there costs a look."""
+        results: dict[str, Any] = {}
+        for verb, stage in self.stages():
+            if verb == "score" and not self._needs_cache:
+                say("score: neither objective nor drift meter reads a teacher")
+                continue
+            results[verb] = stage()
+        return results
+
+    @property
+    def _needs_cache(self) -> bool:
+        from distft.train.stage import needs_cache
+
+        return needs_cache(self.run)
+
+    def _cache(self, corpus: Corpus) -> Any:
+        from distft.teacher.cache import TeacherCache
+
+        return TeacherCache.open(self.store, self.teacher_identity, corpus, self.staging) if self._needs_cache else None

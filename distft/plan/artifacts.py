@@ -1,0 +1,103 @@
+"""Which artifacts of a run exist, which are missing, and which exist for something else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from distft.config.schema import Run
+from distft.plan.estimate import Estimate, estimate
+from distft.store.location import Location
+from distft.store.manifest import Manifest, describe, read_manifest
+from distft.store.model_folder import ModelFolder
+from distft.store.nearest import nearest
+from distft.teacher.identity import IDENTITY, documents_key, read_parts, teacher_folder
+
+State = Literal["have", "partial", "stale", "missing"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """One artifact. stale: the store holds one of its kind, made from something else; `note` lists in what."""
+
+    artifact: str
+    state: State
+    note: str
+    verb: str
+    """What makes it."""
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def survey(
+    run: Run,
+    model: ModelFolder,
+    store: Location,
+    *,
+    corpus_identity: dict[str, Any],
+    teacher_identity: dict[str, Any] | None,
+    digests: set[str] | None,
+) -> tuple[list[Status], Estimate]:
+    """The state of every artifact in the order of the flow, and what the run would take. Writes nothing. `digests` are the corpus's
+    documents, where there is one."""
+    corpus_folder = store.child("corpus", Manifest(kind="corpus", identity=corpus_identity, files=()).id)
+    corpus = read_manifest(corpus_folder)
+    found = [_corpus(store, corpus, corpus_identity, corpus_folder)]
+    if teacher_identity is not None:
+        found.append(_teacher(store, teacher_identity, digests))
+    found.extend(_run(run, store))
+    splits = corpus.facts if corpus else {}
+    tokens = sum(split["tokens"] for split in splits.values()) if corpus else None
+    trained = splits["train"]["tokens"] if corpus else None
+    return found, estimate(
+        run, parameters=model.parameter_count(), config=model.config.get("text_config") or model.config,
+        tokens=tokens, trained_tokens=trained,
+    )  # fmt: skip
+
+
+def _corpus(store: Location, corpus: Manifest | None, identity: dict[str, Any], folder: Location) -> Status:
+    if corpus is not None:
+        split = corpus.facts["train"]
+        note = f"{split['documents']:,} documents, {split['tokens']:,} tokens, {split['supervised_tokens']:,} supervised, {split['dropped']} dropped"
+        return Status(artifact="corpus", state="have", note=note, verb="tokenize")
+    if folder.child("parts").names():
+        return Status(artifact="corpus", state="partial", note="an interrupted build goes on", verb="tokenize")
+    other = nearest(store.child("corpus"), identity)
+    if other is None:
+        return Status(artifact="corpus", state="missing", note="", verb="tokenize")
+    return Status(artifact="corpus", state="stale", note=describe(other.fields), verb="tokenize")
+
+
+def _teacher(store: Location, identity: dict[str, Any], digests: set[str] | None) -> Status:
+    folder = teacher_folder(store, identity)
+    if read_manifest(folder, IDENTITY) is None:
+        other = nearest(store.child("teacher"), identity, IDENTITY)
+        if other is None:
+            return Status(artifact="teacher", state="missing", note="", verb="score")
+        return Status(artifact="teacher", state="stale", note=describe(other.fields), verb="score")
+    held = {digest for part in read_parts(folder) for digest in part.facts["digests"]}
+    if digests is None:
+        return Status(
+            artifact="teacher",
+            state="partial",
+            note=f"{len(held):,} documents; how many serve is known after tokenize",
+            verb="score",
+        )
+    if folder.child("coverage").exists(f"{documents_key(digests)}.json"):
+        return Status(artifact="teacher", state="have", note=f"all {len(digests):,} documents", verb="score")
+    note = f"{len(digests & held):,} of {len(digests):,} documents; the others alone are scored"
+    return Status(artifact="teacher", state="partial", note=note, verb="score")
+
+
+def _run(run: Run, store: Location) -> list[Status]:
+    folder = store.child("runs", run.name)
+    steps = [name for name in folder.child("checkpoints").folders() if folder.child("checkpoints", name).exists("MANIFEST.json")]
+    trained = Status(
+        artifact="checkpoints", state="partial" if steps else "missing", note=f"up to {max(steps)}" if steps else "", verb="train"
+    )
+    if folder.child("model").exists("MANIFEST.json"):
+        trained = Status(artifact="checkpoints", state="have", note=f"up to {max(steps)}" if steps else "", verb="train")
+    rest = [("model", "export", folder.child("model").exists("MANIFEST.json")),
+            ("eval", "evaluate", folder.child("eval").exists("summary.json")), ("report", "report", folder.exists("report.html"))]  # fmt: skip
+    return [trained, *(Status(artifact=a, state="have" if there else "missing", note="", verb=verb) for a, verb, there in rest)]

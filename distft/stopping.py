@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM: stop where it is safe, keep what was done, and let the same command go on.
+
+Most stages commit as they go, so that an interruption may fall anywhere: there the signal raises KeyboardInterrupt at once. A stage
+that would lose work (training, between checkpoints) enters `gracefully()`, and looks at `requested()` where it can stop; a second
+signal does not wait for that.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from distft.progress import say
+
+_state = {"graceful": False, "requested": False}
+
+
+class Interrupted(KeyboardInterrupt):
+    """A stage stopped where it was asked to; the message says what was kept."""
+
+
+def install() -> None:
+    """Makes both signals mean the same. For the main thread of a command, once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _on_signal)
+
+
+def requested() -> bool:
+    """Whether a signal has come since `gracefully` was entered."""
+    return _state["requested"]
+
+
+@contextmanager
+def gracefully() -> Iterator[None]:
+    """While inside, the first signal only makes `requested()` true."""
+    _state["graceful"], _state["requested"] = True, False
+    try:
+        yield
+    finally:
+        _state["graceful"] = False
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    if _state["graceful"] and not _state["requested"]:
+        _state["requested"] = True
+        say(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint. Once more to stop at once.")
+        return
+    raise KeyboardInterrupt

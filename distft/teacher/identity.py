@@ -1,0 +1,58 @@
+"""What a teacher cache is and where its pieces lie; torch-free, for plans and errors.
+
+`teacher/<id>/IDENTITY.json` says whose cache it is, `parts/*.json` are committed sets of documents, `coverage/*.json` say which parts
+hold a corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distft.config.schema import Score
+from distft.corpus.reader import Document
+from distft.store.location import Location
+from distft.store.manifest import Manifest, read_manifest
+from distft.store.model_folder import ModelFolder
+
+FORMAT = "distft-teacher-1"
+IDENTITY = "IDENTITY.json"
+
+
+def teacher_identity(folder: ModelFolder, score: Score, dtype: str) -> dict[str, Any]:
+    """What makes two caches the same: the teacher's bytes, what ids mean, the precision it ran in, and what is kept."""
+    return {
+        "format": FORMAT,
+        "weights": folder.weights_identity(),
+        "vocabulary": folder.tokenizer_identity()["vocabulary"],
+        "dtype": dtype,
+        "distribution": score.distribution.model_dump(),
+        "positions": score.positions,
+    }
+
+
+def teacher_folder(store: Location, identity: dict[str, Any]) -> Location:
+    return store.child("teacher", Manifest(kind="teacher", identity=identity, files=()).id)
+
+
+def documents_key(digests: Iterable[str]) -> str:
+    """Names a set of documents, whatever their order and number of copies."""
+    return hashlib.sha256("\n".join(sorted(set(digests))).encode()).hexdigest()[:16]
+
+
+def scored_positions(document: Document, positions: str) -> npt.NDArray[np.uint32]:
+    """Which tokens of a document the teacher is asked about. Never token 0, which nothing predicts."""
+    if positions == "all":
+        return np.arange(1, len(document.tokens), dtype=np.uint32)
+    return np.flatnonzero(document.supervised).astype(np.uint32)
+
+
+def read_parts(folder: Location) -> list[Manifest]:
+    """All committed parts, in name order."""
+    parts = folder.child("parts")
+    found = (read_manifest(parts, name) for name in parts.names())
+    return [part for part in found if part is not None]
