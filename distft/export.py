@@ -58,9 +58,11 @@ def _write_model(source: ModelFolder, weights: dict[str, Any], target: Path, *, 
     """Builds the architecture with no weights of its own, puts the trained ones in, and lets transformers name them on disk."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging
 
     from distft.engine.load import DTYPES
 
+    logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         whole: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])

@@ -95,7 +95,7 @@ class Pipeline:
             digests = {digest for split in corpus.splits for digest in corpus.digests(split)}
         statuses, estimate = survey(
             self.run, self.model, self.store, corpus_identity=self.corpus_identity, digests=digests,
-            teacher_identity=self.teacher_identity if self._needs_cache else None,
+            teacher_identity=self.teacher_identity if self.run.needs_teacher else None,
         )  # fmt: skip
         return {
             "artifacts": [status.facts() for status in statuses],
@@ -161,19 +161,13 @@ class Pipeline:
         """Whatever is missing; what is there costs a look."""
         results: dict[str, Any] = {}
         for verb, stage in self.stages():
-            if verb == "score" and not self._needs_cache:
+            if verb == "score" and not self.run.needs_teacher:
                 say("score: neither objective nor drift meter reads a teacher")
                 continue
             results[verb] = stage()
         return results
 
-    @property
-    def _needs_cache(self) -> bool:
-        from distft.train.stage import needs_cache
-
-        return needs_cache(self.run)
-
     def _cache(self, corpus: Corpus) -> Any:
         from distft.teacher.cache import TeacherCache
 
-        return TeacherCache.open(self.store, self.teacher_identity, corpus, self.staging) if self._needs_cache else None
+        return TeacherCache.open(self.store, self.teacher_identity, corpus, self.staging) if self.run.needs_teacher else None

@@ -131,7 +131,7 @@ class Train(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     min_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """What is left of `lr` in the last step of cosine and linear."""
+    """What cosine and linear leave of `lr` at the end."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """On matrices only; norms and biases never decay."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field((0.9, 0.95), strict=False)
@@ -239,3 +239,8 @@ class Run(Section):
             dtype=self.teacher.dtype or self.model.dtype,
             attention=self.model.attention,
         )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher cache is read: by the objective, or by the drift meter."""
+        return self.objective.needs_signals or self.objective.needs_distribution or self.data.heldout is not None

@@ -39,7 +39,9 @@ class LanguageModel:
 def load_model(folder: ModelFolder, *, dtype: str, attention: str, head_rows: int, device: torch.device) -> LanguageModel:
     """Reads safetensors only; runs no code from the folder."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # ours say the same, and stay whole
     folder.weight_files()  # says clearly what is missing before transformers says it at length
     try:
         whole: Any = AutoModelForCausalLM.from_pretrained(

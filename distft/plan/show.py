@@ -37,4 +37,6 @@ def plan_text(result: dict[str, Any]) -> str:
 def _hours(hours: float | None) -> str:
     if hours is None:
         return "known once the corpus is tokenised"
+    if hours < 1 / 60:
+        return "less than a minute (one H100 at 40 % of its bf16 peak)"
     return f"{hours:.2g} GPU-hours (one H100 at 40 % of its bf16 peak)"

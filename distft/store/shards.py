@@ -123,7 +123,7 @@ class _HashedFile:
 
     def flush(self) -> None:
         waiting, self._waiting = self._waiting, bytearray()
-        write_all(self._descriptor, waiting)
+        write_all(self._descriptor, memoryview(waiting))
 
     def close(self) -> None:
         if not self.closed:

@@ -41,11 +41,6 @@ def run_identity(run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCac
     }
 
 
-def needs_cache(run: Run) -> bool:
-    """Whether training reads the teacher: for its objective, or for the drift meter."""
-    return run.objective.needs_signals or run.objective.needs_distribution or run.data.heldout is not None
-
-
 def train_run(
     run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCache | None, store: Location, staging: Path, world: World
 ) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Proxy(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Proxy
+    server: Proxy  # pyright: ignore[reportIncompatibleVariableOverride]  it is made by no other
 
     def do(self) -> None:
         body = self._body()

@@ -50,7 +50,7 @@ def test_what_is_absent_says_so(store: Location) -> None:
     assert store.names(recursive=True) == []
     assert store.folders() == []
     for ask in (lambda: store.read("a/b"), lambda: store.size("a/b"), lambda: store.read_range("a/b", 0, 1)):
-        with pytest.raises(MissingArtifactError, match="a/b|no file b"):
+        with pytest.raises(MissingArtifactError, match=r"no file .*b"):
             ask()
     store.delete("a/b")
 

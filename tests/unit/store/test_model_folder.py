@@ -234,7 +234,8 @@ def header(text: str, data: bytes = b"", length: int | None = None) -> bytes:
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"\1\2", header("{}", length=2**63), header("{}", length=HEADER_LIMIT + 1), header("{}", length=3), header("["), header("[]"),
+        b"", b"\1\2", header("{}", length=2**63), header("{}", length=HEADER_LIMIT + 1), header("{}", length=3), header("["),
+        header("[]"),
         header('{"x": 3}'), header('{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'),
         header('{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', bytes(8)),
         header('{"x": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}', bytes(8)),
@@ -257,7 +258,8 @@ def test_a_folder_has_no_revision(folder: Path) -> None:
 def test_neither_a_folder_nor_on_the_hub(tmp_path: Path) -> None:
     ask = (
         "import sys\nfrom distft.errors import ModelError\nfrom distft.store.model_folder import resolve_model\n"
-        "for name in sys.argv[1:]:\n    try:\n        resolve_model(name, None)\n    except ModelError as e:\n        print(e.problem)\n"
+        "for name in sys.argv[1:]:\n    try:\n        resolve_model(name, None)\n"
+        "    except ModelError as error:\n        print(error.problem)\n"
         "print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

@@ -77,10 +77,15 @@ def test_two_shards_of_one_stem_have_two_names(tmp_path: Path) -> None:
 
 def test_nothing_is_there_before_the_end_or_after_an_exception(store: Location) -> None:
     writer = ShardWriter(store, "part", SCHEMA)
-    with pytest.raises(RuntimeError, match="stop"), writer:
-        writer.write(batch(1000))
-        assert store.names(recursive=True) == []
-        raise RuntimeError("stop")
+
+    def stopped() -> None:
+        with writer:
+            writer.write(batch(1000))
+            assert store.names(recursive=True) == []
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped()
     assert store.names(recursive=True) == []
     assert store.sweep(older_than_seconds=0) == []
     assert not writer._path.exists()
