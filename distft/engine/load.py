@@ -30,9 +30,11 @@ class LanguageModel:
 
         use_cache=False is not for speed: with a cache, transformers lets attention cross documents of a packed row, silently
         (tests/parity/test_packing.py)."""
-        output = self.whole.base_model(
-            input_ids=packed.tokens_RL, position_ids=packed.positions_RL, attention_mask=None, use_cache=False
-        )
+        tokens, positions = packed.tokens_RL, packed.positions_RL
+        if self.whole.config.get_text_config()._attn_implementation.startswith("flash"):
+            # Variable-length attention looks for documents in a single row only; end to end the rows mean the same.
+            tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
+        output = self.whole.base_model(input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False)
         return output.last_hidden_state.flatten(0, 1)
 
 

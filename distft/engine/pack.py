@@ -38,10 +38,10 @@ def batches_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def lay_out(lengths: Sequence[int], *, one_row: bool = False) -> Layout:
+def lay_out(lengths: Sequence[int]) -> Layout:
     """Best-fit decreasing into rows as wide as the longest document: no more attention than padding would cost, and hardly any
-    padding. `one_row` puts everything end to end, which is what variable-length flash attention wants."""
-    width = sum(lengths) if one_row else max(lengths)
+    padding."""
+    width = max(lengths)
     starts, free = [0] * len(lengths), []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[index]

@@ -75,8 +75,8 @@ class S3Location(Location):
         return data
 
     def create(self, name: str, data: bytes) -> bool:
-        # A reply can be lost and the request sent again, by aiohttp too, unseen from here; it then finds the name taken by itself.
-        # The mark tells whose file that is, also from another writer's with equal bytes.
+        # A reply can be lost and the request sent again, by aiohttp too, unseen from here; it then finds the name taken by
+        # itself. The mark tells whose file that is, also from another writer's with equal bytes.
         mark = uuid.uuid4().hex
 
         def put() -> bool:
@@ -286,7 +286,7 @@ class S3Location(Location):
         return MissingArtifactError(f"no file {self._of(name)}", where=self.url)
 
     def _told(self, trouble: Trouble, verb: str, name: str, error: Exception | None = None) -> DistftError:
-        if trouble is Trouble.ABSENT:
+        if trouble is Trouble.ABSENT and verb not in ("write", "list"):
             return self._missing(name)
         what, help = trouble.explain(endpoint=_endpoint(), bucket=self.bucket, error=error)
         return StoreError(f"cannot {verb} {self._of(name)}: {what}", where=self.url, help=help)

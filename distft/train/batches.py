@@ -97,11 +97,8 @@ def share(batches: Sequence[list[int]], world: World) -> list[list[int]]:
 class Feed:
     """Turns document rows into micro-batches with targets."""
 
-    def __init__(
-        self, corpus: Corpus, cache: TeacherCache | None, objective: Objective, train: Train, world: World, *, one_row: bool
-    ) -> None:
+    def __init__(self, corpus: Corpus, cache: TeacherCache | None, objective: Objective, train: Train, world: World) -> None:
         self.corpus, self.cache, self.objective, self.train, self.world = corpus, cache, objective, train, world
-        self.one_row = one_row
         self.lengths = corpus.lengths("train")
 
     def step(self, rows: npt.NDArray[np.int64]) -> Step:
@@ -120,13 +117,11 @@ class Feed:
         for index, document in enumerate(documents):
             known = signals(scores[index]) if scores else _nothing_known(int(document.supervised.sum()))
             treatments.append(self.objective.treat(known))
-        batch = micro_batch(documents, treatments, scores, one_row=self.one_row)
+        batch = micro_batch(documents, treatments, scores)
         return batch, float(sum(t.count.sum(dtype=np.float64) for t in treatments)), sum(len(d.tokens) for d in documents)
 
 
-def micro_batch(
-    documents: list[Document], treatments: list[Treatment], scores: list[Scores] | None, *, one_row: bool = False
-) -> MicroBatch:
+def micro_batch(documents: list[Document], treatments: list[Treatment], scores: list[Scores] | None) -> MicroBatch:
     """Packs documents and drops every token whose four weights are zero: it never reaches the head. An empty list gives a batch
     that runs the backbone and trains nothing, for a rank that has nothing to do."""
     if not documents:
@@ -134,7 +129,7 @@ def micro_batch(
         return MicroBatch(
             packed=pack([blank], lay_out([2])), predictor_N=torch.zeros(0, dtype=torch.int64), targets=_targets([], [], None)
         )
-    layout = lay_out([len(d.tokens) for d in documents], one_row=one_row)
+    layout = lay_out([len(d.tokens) for d in documents])
     predictors, labels, kept_scores, kept = [], [], [], []
     for index, (document, treatment, start) in enumerate(zip(documents, treatments, layout.starts, strict=True)):
         places = np.flatnonzero(document.supervised)

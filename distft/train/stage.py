@@ -70,7 +70,7 @@ def train_run(
     done = restored.step if restored else 0
     finished = train(
         run.train, engine=engine, plan=plan, world=world, checkpoints=checkpoints, first_step=done + 1,
-        feed=Feed(corpus, cache, run.objective, run.train, world, one_row=run.model.attention == "flash_attention_2"),
+        feed=Feed(corpus, cache, run.objective, run.train, world),
         log=MetricsLog(folder, after_step=done) if world.leads else None,
         drift=heldout_drift if "heldout" in corpus.splits else None, label=f"train {run.name}",
     )  # fmt: skip

@@ -87,6 +87,22 @@ def test_uploads_in_parts_survive_passing_trouble(
         assert store.read(name) == data
 
 
+def test_an_upload_whose_end_was_carried_out_unheard_is_done(
+    proxy: Proxy, store: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that has completed an upload may answer the repeated request with 404: the upload is no longer open."""
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+    data = os.urandom((5 << 20) + 1)
+    (tmp_path / "large").write_bytes(data)
+    proxy.trouble = Trouble("POST", "done_404", 1, "uploadId=")
+    store.upload("large", tmp_path / "large")
+    assert store.read("large") == data
+    proxy.trouble = Trouble("POST", "404", 1, "uploadId=")
+    with pytest.raises(StoreError, match="not there"):
+        store.upload("other", tmp_path / "large")
+    assert store.names() == ["large"]
+
+
 def test_a_failed_upload_in_parts_is_aborted(
     proxy: Proxy, store: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +171,8 @@ def test_a_server_without_conditional_writes_is_refused_before_it_can_do_harm(pr
 
 def _every_verb(store: Location) -> list[Callable[[], object]]:
     return [
-        store.check_writable, store.names, store.folders, lambda: store.exists("x"), lambda: store.size("x"), lambda: store.read("x"),
+        store.check_writable, store.names, store.folders, lambda: store.exists("x"), lambda: store.size("x"),
+        lambda: store.read("x"),
         lambda: store.create("x", b""), lambda: store.replace("x", b""), lambda: read_manifest(store),
     ]  # fmt: skip
 

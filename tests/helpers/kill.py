@@ -3,8 +3,8 @@
     python -m tests.helpers.kill local FOLDER | s3 S3_URL
 
 Places are the calls that change what is stored: `os.*` on a disk, requests on S3; before each, after each, and within each write.
-Attempt n works in `FOLDER/n`. A process is forked per attempt (its parent has neither threads nor connections). Prints a JSON list
-of the places, the last of which is "finished".
+Attempt n works in `FOLDER/n`. A process is forked per attempt; its parent has neither threads nor connections.
+Prints a JSON list of the places, the last of which is "finished".
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["lose_reply", "drop_request", "truncate", "flip", "503", "403", "409", "412", "507"]
+Fault = Literal["lose_reply", "drop_request", "truncate", "flip", "503", "403", "404", "409", "412", "507", "done_404"]
 
 
 @dataclass
@@ -76,6 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
             data = reply.read()
             if fault == "lose_reply":
                 self._hang_up()
+                return
+            if fault == "done_404":
+                self._answer(404, {"Content-Type": "application/xml"}, b"<Error><Code>NoSuchUpload</Code></Error>", 0)
                 return
             cut = 0
             if fault == "truncate":

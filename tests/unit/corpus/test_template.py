@@ -229,7 +229,8 @@ def test_what_an_assistant_says_beside_its_content_needs_markers(renderer: Make)
     given = row(messages=[{"role": "user", "content": "add"}, call])
     with pytest.raises(DataError, match="'tool_calls'"):
         encode(renderer(), given)
-    marked = MARKED_CHATML.replace("{{ message['content'] }}", "{{ message['tool_calls'][0]['function']['name'] }}")
+    called = "{% generation %}{{ message['tool_calls'][0]['function']['name'] }}"
+    marked = MARKED_CHATML.replace("{% generation %}{{ message['content'] }}", called)
     assert show(renderer(template=marked), given).endswith("assistant\n⟦add<|im_end|>⟧\n")
 
 
@@ -261,7 +262,8 @@ def test_the_clock_stands_still(renderer: Make) -> None:
 
 
 def test_keys_without_a_value_are_left_out(renderer: Make) -> None:
-    named = CHATML.replace("{{ message['role'] }}\n", "{{ message['role'] }}{% if 'name' in message %}:{{ message['name'] }}{% endif %}\n")
+    name = "{% if 'name' in message %}{{ ':' + message['name'] }}{% endif %}{{ '\n' }}"
+    named = CHATML.replace("{{ message['role'] }}\n", "{{ message['role'] }}" + name)
     given = row(messages=[{"role": "user", "content": "a", "name": None}, {"role": "assistant", "content": "b", "name": "bo"}])
     assert show(renderer(template=named), given) == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant:bo\n⟦b<|im_end|>⟧\n"

@@ -55,8 +55,8 @@ def test_identity_is_kind_and_values_and_nothing_else() -> None:
     same = fingerprint("teacher", {"b": 1, "a": {"y": 0.1, "x": None}})
     assert same == fingerprint("teacher", {"a": {"x": None, "y": 0.1}, "b": 1})
     others: list[dict[str, Any]] = [
-        {"b": 1.0, "a": {"y": 0.1, "x": None}}, {"b": 1, "a": {"y": 0.1 + 2**-54, "x": None}}, {"b": True, "a": {"y": 0.1, "x": None}},
-        {"b": 1, "a": {"y": 0.1}}, {"b": "1", "a": {"y": 0.1, "x": None}},
+        {"b": 1.0, "a": {"y": 0.1, "x": None}}, {"b": 1, "a": {"y": 0.1 + 2**-54, "x": None}},
+        {"b": True, "a": {"y": 0.1, "x": None}}, {"b": 1, "a": {"y": 0.1}}, {"b": "1", "a": {"y": 0.1, "x": None}},
     ]  # fmt: skip
     assert (
         len({same, fingerprint("corpus", {"b": 1, "a": {"y": 0.1, "x": None}}), *(fingerprint("teacher", o) for o in others)})
