@@ -15,6 +15,7 @@ from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, commit, read_manifest
 from distft.store.model_folder import ModelFolder
 from distft.train.checkpoint import Checkpoints, read_tensors
+from distft.train.identity import model_identity
 
 
 def export_run(run: Run, model: ModelFolder, run_identity: dict[str, Any], store: Location, staging: Path) -> dict[str, Any]:
@@ -28,8 +29,7 @@ def export_run(run: Run, model: ModelFolder, run_identity: dict[str, Any], store
         raise MissingArtifactError(f"The run {run.name} has no checkpoint.", where=store.child("runs", run.name).url,
                                    help="Run `distft train` with this config first.")  # fmt: skip
     where, checkpoint = newest
-    dtype = run.export.dtype or run.model.dtype
-    identity = {"checkpoint": checkpoint.identity, "dtype": dtype, "shard_bytes": run.export.shard_bytes}
+    identity = model_identity(run, checkpoint.identity)
     there = read_manifest(folder)
     if there is not None and there.identity == identity:
         return {"model": folder.url}
@@ -40,7 +40,9 @@ def export_run(run: Run, model: ModelFolder, run_identity: dict[str, Any], store
     weights = next(entry for entry in checkpoint.files if entry.facts["part"] == "weight")
     with tempfile.TemporaryDirectory(dir=_beside(folder)) as scratch:
         made = Path(scratch) / "model"
-        _write_model(model, dict(read_tensors(where, weights, staging)), made, dtype=dtype, shard_bytes=run.export.shard_bytes)
+        _write_model(
+            model, dict(read_tensors(where, weights, staging)), made, dtype=identity["dtype"], shard_bytes=run.export.shard_bytes
+        )
         for file in model.tokenizer_files():
             shutil.copyfile(file, made / file.name)
         paths = sorted(path for path in made.iterdir() if path.is_file())

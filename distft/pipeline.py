@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distft.config.load import dump
 from distft.config.schema import Run
 from distft.corpus.build import build_corpus, corpus_identity
 from distft.corpus.reader import Corpus
@@ -29,6 +28,9 @@ class Pipeline:
     """One run file's way through the store."""
 
     run: Run
+
+    def __post_init__(self) -> None:
+        _ = self.store  # a store that cannot be is refused before anything is hashed or written
 
     @cached_property
     def store(self) -> Location:
@@ -70,6 +72,13 @@ class Pipeline:
 
         return teacher_identity(self.teacher, self.run.score, self.run.teacher_model.dtype)
 
+    @cached_property
+    def run_identity(self) -> dict[str, Any]:
+        from distft.train.identity import run_identity
+
+        teacher = Manifest(kind="teacher", identity=self.teacher_identity, files=()).id if self.run.needs_teacher else None
+        return run_identity(self.run, self.model, corpus=self.corpus_identity, teacher=teacher)
+
     def corpus(self) -> Corpus:
         """The corpus of this config, or an error that says what the nearest one was made from."""
         identity = self.corpus_identity
@@ -95,7 +104,7 @@ class Pipeline:
             digests = {digest for split in corpus.splits for digest in corpus.digests(split)}
         statuses, estimate = survey(
             self.run, self.model, self.store, corpus_identity=self.corpus_identity, digests=digests,
-            teacher_identity=self.teacher_identity if self.run.needs_teacher else None,
+            teacher_identity=self.teacher_identity if self.run.needs_teacher else None, run_identity=self.run_identity,
         )  # fmt: skip
         return {
             "artifacts": [status.facts() for status in statuses],
@@ -130,23 +139,20 @@ class Pipeline:
         cache = self._cache(corpus)
         self.store.check_writable()
         with join_world() as world:
-            if world.leads:
-                self.folder.replace("config.yaml", dump(self.run).encode())
             return train_run(self.run, self.model, corpus, cache, self.store, self.staging, world)
 
     def export(self) -> dict[str, Any]:
         from distft.export import export_run
-        from distft.train.stage import run_identity
 
-        corpus = self.corpus()
-        identity = run_identity(self.run, self.model, corpus, self._cache(corpus))
-        return export_run(self.run, self.model, identity, self.store, self.staging)
+        self.store.check_writable()
+        return export_run(self.run, self.model, self.run_identity, self.store, self.staging)
 
     def evaluate(self) -> dict[str, Any]:
         from distft.evaluate.stage import evaluate_run
 
         corpus = self.corpus()
-        return evaluate_run(self.run, self.model, corpus, self._cache(corpus), self.store, self.staging)
+        self.store.check_writable()
+        return evaluate_run(self.run, self.model, self.run_identity, corpus, self._cache(corpus), self.store, self.staging)
 
     def report(self) -> dict[str, Any]:
         from distft.report.page import write_report

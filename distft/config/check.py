@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from distft.config.schema import NoDistribution, Run
+import os.path
+
+from distft.config.schema import NoDistribution, Run, Source
 from distft.errors import ConfigError
 
 
@@ -34,13 +36,20 @@ def _model(run: Run) -> list[str]:
 
 def _data(run: Run) -> list[str]:
     problems = []
-    if run.data.heldout is not None and run.data.heldout == run.data.train:
-        problems.append("data.heldout is the same source as data.train: drift would be measured on what is trained")
+    if run.data.heldout is not None and _rows_of(run.data.heldout) == _rows_of(run.data.train):
+        problems.append(
+            f"data.heldout.path={run.data.heldout.path} is data.train.path: drift would be measured on what is trained"
+        )
     if run.train.drift_every_steps is not None and run.data.heldout is None:
         problems.append("train.drift_every_steps is set without data.heldout: there is nothing to measure drift on")
     if run.train.max_steps is not None and run.train.warmup_steps > run.train.max_steps:
         problems.append(f"train.warmup_steps={run.train.warmup_steps} is more than train.max_steps={run.train.max_steps}")
     return problems
+
+
+def _rows_of(source: Source) -> tuple[str | None, ...]:
+    """Which rows a source takes from, however it reads them and however many: `limit` takes the same first ones."""
+    return os.path.normpath(os.path.expanduser(source.path)), source.subset, source.split or "train", source.revision
 
 
 def _tasks(run: Run) -> list[str]:

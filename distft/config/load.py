@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -36,7 +37,7 @@ def validate(document: dict[str, Any], *, where: str) -> Run:
 
 def dump(run: Run) -> str:
     """The resolved run as YAML: every key, defaults included. Holds no secrets, since the schema has no place for one."""
-    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(run.model_dump(mode="json"), Dumper=_Plain, sort_keys=False, allow_unicode=True)
 
 
 class _Strict(yaml.SafeLoader):
@@ -46,18 +47,22 @@ class _Strict(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a list or a mapping stands as a key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
+class _Plain(yaml.SafeDumper):
+    """Writes what `_Strict` reads: a string that looks like a number to it is quoted."""
+
+
 # YAML 1.1 reads 1e-5 as a string, since it wants a dot and a sign; every other tool reads a number.
-_Strict.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+_FLOAT = re.compile(r"[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Strict.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Plain.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def _parse(text: str) -> Any:
@@ -75,6 +80,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"The run file cannot be read: {error.strerror}.", where=str(path)) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"The run file is not UTF-8: {error.reason} at byte {error.start}.", where=str(path)) from error
+    except RecursionError as error:
+        raise ConfigError("The run file is nested too deeply.", where=str(path)) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -88,27 +95,50 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _lay_over(document: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
-    keys = dotted.split(".")
-    if not equals or not all(keys):
+    parts = _parts(dotted)
+    if not equals or not parts:
         raise ConfigError(f"{override!r} is not an override.", help="Write section.key=value, as in train.lr=2e-5.")
     try:
         value = _parse(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(
             f"The value of {override!r} is not valid YAML.", help="Quote it for the shell: 'a.b=[1, 2]'."
         ) from error
     section: Any = document
-    for key in keys[:-1]:
-        section = section.setdefault(key, {}) if isinstance(section, dict) else None
-        if section is None or not isinstance(section, dict):
-            raise ConfigError(f"{override!r} reaches into {key!r}, which is not a section.", where=dotted)
-    old, last = section.get(keys[-1]), keys[-1]
+    for part, after in pairwise(parts):
+        if isinstance(part, str):
+            section.setdefault(part, {})
+        section = section[part]
+        if isinstance(after, str) and not isinstance(section, dict):
+            raise ConfigError(f"{override!r} reaches into {part!r}, which is not a section.", where=dotted)
+        if isinstance(after, int) and not 0 <= after < _length(section):
+            raise ConfigError(f"{override!r}: {part!r} has no item {after}.", where=dotted, help="Items are counted from 0.")
+    last = parts[-1]
+    old = section.get(last) if isinstance(last, str) else section[last]
     if isinstance(old, dict) and isinstance(value, dict):
         raise ConfigError(f"{override!r} would replace a whole section.", where=dotted, help="Override its keys one by one.")
     # Another kind brings other keys: those of the old kind would only be complained about.
     if last == "kind" and old not in (None, value):
         section.clear()
     section[last] = value
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, list) else 0
+
+
+_PIECE = re.compile(r"([^.\[\]]+)((?:\[\d+\])*)")
+
+
+def _parts(dotted: str) -> list[str | int]:
+    """`a.b[0].c` as a, b, 0, c; empty when it is no such path."""
+    parts: list[str | int] = []
+    for piece in dotted.split("."):
+        match = _PIECE.fullmatch(piece)
+        if match is None:
+            return []
+        parts += [match[1], *map(int, re.findall(r"\d+", match[2]))]
+    return parts
 
 
 def _sentence(detail: dict[str, Any]) -> str:
@@ -128,6 +158,10 @@ def _sentence(detail: dict[str, Any]) -> str:
         near = difflib.get_close_matches(str(detail["ctx"]["tag"]), expected, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{path}.kind: {detail['ctx']['tag']!r} is none of {', '.join(expected)}{hint}"
+    if kind in ("model_type", "model_attributes_type") and given is None:
+        return f"{path}: is an empty section; give it keys or leave it out"
+    if kind == "tuple_type":
+        return f"{path}: should be a list"
     message = detail["msg"][:1].lower() + detail["msg"][1:]
     return (
         f"{path}: {given!r}: {message}" if isinstance(given, str | int | float | bool) or given is None else f"{path}: {message}"
@@ -187,7 +221,7 @@ def _siblings(location: tuple[Any, ...]) -> set[str]:
 
 def _tags(location: tuple[Any, ...]) -> str:
     annotation: Any = Run
-    for part in location:
+    for part in _without_tags(location):
         annotation = _step(annotation, part)
     return ", ".join(get_args(m.model_fields["kind"].annotation)[0] for m in _models(annotation))
 

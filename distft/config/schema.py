@@ -134,7 +134,9 @@ class Train(Section):
     """What cosine and linear leave of `lr` at the end."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """On matrices only; norms and biases never decay."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field((0.9, 0.95), strict=False)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95), strict=False
+    )
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradient norm limit; null: none."""
@@ -194,7 +196,7 @@ Task = Annotated[GenerateTask | NllTask, Field(discriminator="kind")]
 class Evaluate(Section):
     """What is measured on the model before and after."""
 
-    tasks: tuple[Task, ...] = Field((), strict=False)
+    tasks: tuple[Task, ...] = Field(default=(), strict=False)
     tokens_per_batch: Annotated[int, Field(gt=0)] = 8_192
 
 

@@ -121,6 +121,12 @@ class _SplitBuild:
         entry = replace(entry, facts={**entry.facts, "split": self.split, "documents": tally.documents, "tokens": tally.tokens})
         part = Manifest(kind=PART_KIND, identity=self._identity(), files=(entry,), facts=tally.facts())
         committed = commit(self.folder, part, name=self._name())
+        if committed.facts["rows"] != tally.rows:  # ours would go on where theirs did not end
+            raise StaleArtifactError(
+                f"another process builds this corpus in parts of {committed.facts['rows']} rows, not {tally.rows}",
+                where=self.folder.url,
+                help="Run the command again: it goes on behind the parts that are there. Use one version of distft.",
+            )
         if committed.files != part.files:  # another process was first, with the same rows
             self.folder.delete(entry.name)
         self.parts.append(committed)

@@ -24,7 +24,7 @@ from distft.errors import DistftError
 if TYPE_CHECKING:
     from distft.store.model_folder import ModelFolder
 
-SPAWN_CHUNKS = 8  # fewer are tokenised here sooner than other processes have started
+SPAWN_CHUNKS = 16  # fewer are tokenised here sooner than other processes have started
 
 Chunk = list[Row]
 Result = tuple[pa.RecordBatch, Tally]

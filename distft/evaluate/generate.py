@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from distft.engine.pack import batches_by_tokens
+from distft.errors import DataError, ModelError
 from distft.progress import Meter
+from distft.store.model_folder import ModelFolder
 
 
 def answers(
-    whole: Any, tokenizer: Any, chats: Sequence[list[dict[str, Any]]], *, max_new_tokens: int, tokens_per_batch: int,
-    meter: Meter | None = None,
+    whole: Any, tokenizer: Any, chats: Sequence[list[dict[str, Any]]], *, stops: list[int], max_new_tokens: int,
+    tokens_per_batch: int, meter: Meter | None = None,
 ) -> list[str]:  # fmt: skip
-    """The model's answer to each chat, decoded without special tokens. Greedy: the same on every run."""
+    """The model's answer to each chat, up to one of `stops`, decoded without special tokens. Greedy, whatever the model's own
+    generation_config.json asks for: the same on every run."""
+    from transformers import GenerationConfig
+
     rendered = [render_prompt(tokenizer, chat) for chat in chats]
     device, texts = next(whole.parameters()).device, [""] * len(chats)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*stops, 0)[0]  # masked, so that any will do
+    whole.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops or None, pad_token_id=pad
+    )
     whole.eval()
     for batch in batches_by_tokens([len(ids) + max_new_tokens for ids in rendered], tokens_per_batch):
         width = max(len(rendered[i]) for i in batch)
@@ -28,10 +37,7 @@ def answers(
             tokens[row, width - len(rendered[i]) :] = torch.tensor(rendered[i])
             mask[row, width - len(rendered[i]) :] = 1
         with torch.no_grad():
-            output = whole.generate(
-                input_ids=tokens.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens, do_sample=False,
-                temperature=None, top_p=None, top_k=None, pad_token_id=pad,
-            )  # fmt: skip
+            output = whole.generate(input_ids=tokens.to(device), attention_mask=mask.to(device))
         for row, i in enumerate(batch):
             texts[i] = tokenizer.decode(output[row, width:], skip_special_tokens=True)
         if meter:
@@ -39,7 +45,25 @@ def answers(
     return texts
 
 
+def stop_tokens(folder: ModelFolder, tokenizer: Any) -> list[int]:
+    """Where an answer ends: the tokenizer's eos, and what generation_config.json adds to it."""
+    path = folder.path / "generation_config.json"
+    named = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+    ends = named if isinstance(named, list) else [named]
+    return sorted({end for end in [tokenizer.eos_token_id, *ends] if end is not None})
+
+
 def render_prompt(tokenizer: Any, chat: list[dict[str, Any]]) -> list[int]:
     """Token ids up to where the assistant speaks."""
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "The tokenizer has no chat template, and a generate task asks in chats.", where=str(tokenizer.name_or_path),
+            help="Put a chat_template.jinja into the model's folder, or measure it by an nll task.",
+        )  # fmt: skip
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template may raise whatever it likes
+        raise DataError(
+            f"The chat template refuses a prompt: {error}", where=str(chat)[:200], help="Correct that item's roles and contents."
+        ) from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,18 @@ from distft.engine.head import measure_batch
 from distft.engine.load import LanguageModel, load_model
 from distft.engine.pack import batches_by_tokens
 from distft.engine.world import World, this_device
-from distft.errors import MissingArtifactError
-from distft.evaluate.generate import answers
+from distft.errors import MissingArtifactError, StaleArtifactError
+from distft.evaluate.generate import answers, stop_tokens
 from distft.evaluate.judge import is_right
-from distft.evaluate.tasks import read_items
+from distft.evaluate.tasks import Item, read_items
 from distft.objectives.treatment import treatment
 from distft.progress import track
 from distft.store.location import Location
-from distft.store.manifest import FileEntry, Manifest, commit, fetch, read_manifest
+from distft.store.manifest import FileEntry, Manifest, commit, describe, differences, fetch, read_manifest
 from distft.store.model_folder import ModelFolder, resolve_model
 from distft.store.put import put_file
 from distft.teacher.cache import TeacherCache
+from distft.teacher.identity import documents_key
 from distft.train.batches import micro_batch
 from distft.train.drift import measure_drift
 
@@ -38,11 +40,13 @@ SUMMARY = "summary.json"
 
 
 def evaluate_run(
-    run: Run, base: ModelFolder, corpus: Corpus, cache: TeacherCache | None, store: Location, staging: Path
+    run: Run, base: ModelFolder, run_identity: dict[str, Any], corpus: Corpus, cache: TeacherCache | None, store: Location,
+    staging: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores before and after, each with the artifact that holds its items; written to `runs/<name>/eval/summary.json` too."""
     folder = store.child("runs", run.name)
-    tuned = _exported(folder.child("model"), staging)
+    exported = _exported(folder.child("model"), run_identity)
+    tuned = _as_folder(folder.child("model"), exported, staging)
     scores: dict[str, dict[str, Any]] = {}
     drift = None
     for label, model in (("before", base), ("after", tuned)):
@@ -50,14 +54,10 @@ def evaluate_run(
         for task in run.evaluate.tasks:
             scores.setdefault(task.name, {})[label] = _task(run, task, loaded, store)
         if label == "after" and cache is not None and "heldout" in corpus.splits:
-            documents = list(corpus.documents("heldout"))
-            with track("drift", sum(len(d.tokens) for d in documents), "tokens") as meter:
-                drift = measure_drift(
-                    loaded.measure, documents, cache, World(), tokens_per_batch=run.evaluate.tokens_per_batch, meter=meter
-                ).facts()
-    summary = {"scores": scores, "drift": drift}
+            drift = _drift(run, loaded, corpus, cache, store)
+    summary = {"model": exported.content_digest, "scores": scores, "drift": drift}
     folder.child("eval").replace(SUMMARY, json.dumps(summary, indent=1).encode())
-    return {"eval": folder.child("eval").url, **summary}
+    return {"eval": folder.child("eval").url, "scores": scores, "drift": drift}
 
 
 class _Lazily:
@@ -92,31 +92,51 @@ class _Lazily:
 
 
 def _task(run: Run, task: GenerateTask | NllTask, model: _Lazily, store: Location) -> dict[str, Any]:
-    items_digest: Any
+    identity: dict[str, Any] = {"model": model.identity()}
     if isinstance(task, GenerateTask):
         items = read_items(task)
-        items_digest = hashlib.sha256(json.dumps([(i.messages, i.answer) for i in items]).encode()).hexdigest()
-        settings = task.model_dump(exclude={"path", "name", "limit"})
+        asked = hashlib.sha256(json.dumps([(i.messages, i.answer) for i in items]).encode()).hexdigest()
+        stops = stop_tokens(model.folder, load_tokenizer(model.folder))
+        identity |= {"settings": task.model_dump(exclude={"path", "name", "limit"}), "items": asked, "stops": stops}
+        compute = partial(_generated, run, task, model, items, stops)
     else:
-        items = render_source(task.source, model.folder, max_tokens=run.data.max_tokens)
-        items_digest = hashlib.sha256("\n".join(d.digest for d in items).encode()).hexdigest()
-        settings = {"kind": "nll"}
-    identity = {"model": model.identity(), "settings": settings, "items": items_digest}
+        documents = render_source(task.source, model.folder, max_tokens=run.data.max_tokens)
+        asked = hashlib.sha256("\n".join(d.digest for d in documents).encode()).hexdigest()
+        identity |= {"settings": {"kind": "nll"}, "items": asked}
+        compute = partial(_likelihoods, run, task, model, documents)
     folder = store.child("eval", Manifest(kind="evaluation", identity=identity, files=()).id)
     done = read_manifest(folder)
     if done is None:
-        rows = _generated(run, task, model, items) if isinstance(task, GenerateTask) else _likelihoods(run, task, model, items)
-        done = commit(
-            folder, Manifest(kind="evaluation", identity=identity, files=(_put(folder, rows),), facts=_facts(task, rows))
-        )
+        rows = compute()
+        made = Manifest(kind="evaluation", identity=identity, files=(_put(folder, rows),), facts=_facts(task, rows))
+        done = commit(folder, made)
     return {**done.facts, "items": f"{folder.url}/{done.files[0].name}"}
 
 
-def _generated(run: Run, task: GenerateTask, model: _Lazily, items: list[Any]) -> list[dict[str, Any]]:
+def _drift(run: Run, model: _Lazily, corpus: Corpus, cache: TeacherCache, store: Location) -> dict[str, Any]:
+    """Measured once for a model, a teacher and a set of held-out documents."""
+    identity = {
+        "model": model.identity(),
+        "teacher": cache.coverage.identity["teacher"],
+        "documents": documents_key(corpus.digests("heldout")),
+    }
+    folder = store.child("eval", Manifest(kind="drift", identity=identity, files=()).id)
+    done = read_manifest(folder)
+    if done is None:
+        documents = list(corpus.documents("heldout"))
+        with track("drift", sum(len(d.tokens) for d in documents), "tokens") as meter:
+            drift = measure_drift(
+                model.measure, documents, cache, World(), tokens_per_batch=run.evaluate.tokens_per_batch, meter=meter
+            )
+        done = commit(folder, Manifest(kind="drift", identity=identity, files=(), facts=drift.facts()))
+    return done.facts
+
+
+def _generated(run: Run, task: GenerateTask, model: _Lazily, items: list[Item], stops: list[int]) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(model.folder)
     with track(f"evaluate {task.name}", len(items), "answers") as meter:
         given = answers(
-            model.model.whole, tokenizer, [item.messages for item in items], max_new_tokens=task.max_new_tokens,
+            model.model.whole, tokenizer, [item.messages for item in items], stops=stops, max_new_tokens=task.max_new_tokens,
             tokens_per_batch=run.evaluate.tokens_per_batch, meter=meter,
         )  # fmt: skip
     return [
@@ -150,13 +170,23 @@ def _put(folder: Location, rows: list[dict[str, Any]]) -> FileEntry:
     return put_file(folder, "items", "jsonl", lambda path: path.write_text(text, encoding="utf-8"), {"rows": len(rows)})
 
 
-def _exported(folder: Location, staging: Path) -> ModelFolder:
-    """The exported model as a local folder; one on S3 is brought here, verified."""
+def _exported(folder: Location, run_identity: dict[str, Any]) -> Manifest:
+    """The exported model of this very run."""
     manifest = read_manifest(folder)
     if manifest is None:
-        raise MissingArtifactError(
-            "The run has no exported model.", where=folder.url, help="Run `distft export` with this config."
-        )
+        raise MissingArtifactError("The run has no exported model.", where=folder.url,
+                                   help="Run `distft export` with this config.")  # fmt: skip
+    changed = differences(manifest.identity["checkpoint"]["run"], run_identity)
+    if changed:
+        raise StaleArtifactError(
+            f"The exported model is of another run of this name:\n{describe(changed)}", where=folder.url,
+            help="Undo the change, or give the new run another `name`, and run `distft train` and `distft export` with it.",
+        )  # fmt: skip
+    return manifest
+
+
+def _as_folder(folder: Location, manifest: Manifest, staging: Path) -> ModelFolder:
+    """A model of the store, verified, as a local folder; one on S3 is brought here."""
     local = folder.local("config.json")
     if local is not None:
         for entry in manifest.files:
@@ -165,7 +195,7 @@ def _exported(folder: Location, staging: Path) -> ModelFolder:
     target = staging / "models" / manifest.content_digest
     target.mkdir(parents=True, exist_ok=True)
     for entry in manifest.files:
-        path = target / entry.name
-        if not path.exists():
-            path.symlink_to(fetch(folder, entry, staging))
+        source, link = fetch(folder, entry, staging), target / entry.name
+        if not link.is_symlink():
+            link.symlink_to(source.absolute())
     return resolve_model(str(target), None)

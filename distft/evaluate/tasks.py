@@ -11,6 +11,9 @@ from distft.config.schema import GenerateTask
 from distft.errors import DataError
 
 
+_SAID = {"role", "content"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
     """One question. `messages` is a chat that ends with the user's turn."""
@@ -40,7 +43,7 @@ def read_items(task: GenerateTask) -> list[Item]:
 def _item(line: bytes, *, where: str) -> Item:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"Not a JSON object in UTF-8: {error}.", where=where) from error
     if not isinstance(row, dict) or "prompt" not in row or "answer" not in row:
         keys = sorted(row) if isinstance(row, dict) else type(row).__name__
@@ -48,8 +51,8 @@ def _item(line: bytes, *, where: str) -> Item:
     prompt = row["prompt"]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) and _SAID <= m.keys() for m in prompt):
         raise DataError("`prompt` is neither a string nor a list of {role, content}.", where=where)
-    if not isinstance(row["answer"], str | int | float):
+    if not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool):
         raise DataError(f"`answer` is a {type(row['answer']).__name__}; a string or a number is wanted.", where=where)
     return Item(messages=prompt, answer=str(row["answer"]))

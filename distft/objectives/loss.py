@@ -212,7 +212,8 @@ class _Chunk:
         """d loss / d logits of the first three terms. Consumes `exp_CV`."""
         scale_C = (ce_C + kl_C) / self.total_C
         if self.teacher is not None:
-            scale_C = scale_C - kl_C * self.teacher.tail_N / self.tail_C
+            # a large weight over a tail that underflows would be infinite, and infinity times the tail's 0 is no number
+            scale_C = scale_C - (kl_C * self.teacher.tail_N / self.tail_C).clamp_max(torch.finfo(torch.float32).max)
             scale_C = scale_C + rkl_C * (self.tail_ratio_C - self.exact_rkl_C) / self.total_C
         grad_CV = self.exp_CV.mul_(scale_C[:, None])
         if self.teacher is not None:
@@ -264,10 +265,10 @@ class _TokenLoss(torch.autograd.Function):
             loss = loss - (targets.entropy_N * entropy_N).sum()
         grad_bias_V = None if grad_bias_V is None or bias_V is None else grad_bias_V.to(bias_V.dtype)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), grad_bias_V)
-        ctx.mark_non_differentiable(ce_N, kl_N, rkl_N)
         if not wants_entropy:
+            ctx.mark_non_differentiable(ce_N, kl_N, rkl_N)
             return loss, ce_N, kl_N, rkl_N, None
-        ctx.mark_non_differentiable(entropy_N)
+        ctx.mark_non_differentiable(ce_N, kl_N, rkl_N, entropy_N)  # a second call would undo the first
         return loss, ce_N, kl_N, rkl_N, entropy_N
 
     @staticmethod

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from distft.config.schema import Run
 from distft.plan.estimate import Estimate, estimate
 from distft.store.location import Location
-from distft.store.manifest import Manifest, describe, read_manifest
+from distft.store.manifest import Manifest, describe, differences, read_manifest
 from distft.store.model_folder import ModelFolder
 from distft.store.nearest import nearest
 from distft.teacher.identity import IDENTITY, documents_key, read_parts, teacher_folder
+from distft.train.identity import model_identity
 
 State = Literal["have", "partial", "stale", "missing"]
 
@@ -37,6 +39,7 @@ def survey(
     *,
     corpus_identity: dict[str, Any],
     teacher_identity: dict[str, Any] | None,
+    run_identity: dict[str, Any],
     digests: set[str] | None,
 ) -> tuple[list[Status], Estimate]:
     """The state of every artifact in the order of the flow, and what the run would take. Writes nothing. `digests` are the corpus's
@@ -46,7 +49,7 @@ def survey(
     found = [_corpus(store, corpus, corpus_identity, corpus_folder)]
     if teacher_identity is not None:
         found.append(_teacher(store, teacher_identity, digests))
-    found.extend(_run(run, store))
+    found.extend(_run(run, store, run_identity))
     splits = corpus.facts if corpus else {}
     tokens = sum(split["tokens"] for split in splits.values()) if corpus else None
     trained = splits["train"]["tokens"] if corpus else None
@@ -59,7 +62,10 @@ def survey(
 def _corpus(store: Location, corpus: Manifest | None, identity: dict[str, Any], folder: Location) -> Status:
     if corpus is not None:
         split = corpus.facts["train"]
-        note = f"{split['documents']:,} documents, {split['tokens']:,} tokens, {split['supervised_tokens']:,} supervised, {split['dropped']} dropped"
+        note = (
+            f"{split['documents']:,} documents, {split['tokens']:,} tokens, {split['supervised_tokens']:,} supervised, "
+            f"{split['dropped']:,} dropped"
+        )
         return Status(artifact="corpus", state="have", note=note, verb="tokenize")
     if folder.child("parts").names():
         return Status(artifact="corpus", state="partial", note="an interrupted build goes on", verb="tokenize")
@@ -90,14 +96,53 @@ def _teacher(store: Location, identity: dict[str, Any], digests: set[str] | None
     return Status(artifact="teacher", state="partial", note=note, verb="score")
 
 
-def _run(run: Run, store: Location) -> list[Status]:
+def _run(run: Run, store: Location, identity: dict[str, Any]) -> list[Status]:
     folder = store.child("runs", run.name)
-    steps = [name for name in folder.child("checkpoints").folders() if folder.child("checkpoints", name).exists("MANIFEST.json")]
-    trained = Status(
-        artifact="checkpoints", state="partial" if steps else "missing", note=f"up to {max(steps)}" if steps else "", verb="train"
+    newest = _newest_checkpoint(folder.child("checkpoints"))
+    model = read_manifest(folder.child("model"))
+    return [_checkpoints(newest, identity), _model(run, newest, model), _evaluation(run, folder, model), _report(folder)]
+
+
+def _newest_checkpoint(folder: Location) -> Manifest | None:
+    for step in sorted((name for name in folder.folders() if name.startswith("step-")), reverse=True):
+        manifest = read_manifest(folder.child(step))
+        if manifest is not None:
+            return manifest
+    return None
+
+
+def _checkpoints(newest: Manifest | None, identity: dict[str, Any]) -> Status:
+    if newest is None:
+        return Status(artifact="checkpoints", state="missing", note="", verb="train")
+    changed = differences(newest.identity["run"], identity)
+    if changed:
+        return Status(artifact="checkpoints", state="stale", note=describe(changed), verb="train")
+    step, total = newest.identity["step"], newest.facts["total_steps"]
+    return Status(
+        artifact="checkpoints", state="have" if step >= total else "partial", note=f"step {step:,} of {total:,}", verb="train"
     )
-    if folder.child("model").exists("MANIFEST.json"):
-        trained = Status(artifact="checkpoints", state="have", note=f"up to {max(steps)}" if steps else "", verb="train")
-    rest = [("model", "export", folder.child("model").exists("MANIFEST.json")),
-            ("eval", "evaluate", folder.child("eval").exists("summary.json")), ("report", "report", folder.exists("report.html"))]  # fmt: skip
-    return [trained, *(Status(artifact=a, state="have" if there else "missing", note="", verb=verb) for a, verb, there in rest)]
+
+
+def _model(run: Run, newest: Manifest | None, model: Manifest | None) -> Status:
+    if model is None:
+        return Status(artifact="model", state="missing", note="", verb="export")
+    wanted = model_identity(run, newest.identity) if newest else {}
+    changed = differences(model.identity, wanted)
+    return Status(artifact="model", state="stale" if changed else "have", note=describe(changed), verb="export")
+
+
+def _evaluation(run: Run, folder: Location, model: Manifest | None) -> Status:
+    def status(state: State, note: str = "") -> Status:
+        return Status(artifact="eval", state=state, note=note, verb="evaluate")
+
+    if not folder.child("eval").exists("summary.json"):
+        return status("missing")
+    summary = json.loads(folder.child("eval").read("summary.json"))
+    if model is None or summary.get("model") != model.content_digest:
+        return status("stale", "measured on another model than the exported one")
+    absent = [task.name for task in run.evaluate.tasks if task.name not in summary["scores"]]
+    return status("partial", f"not measured: {', '.join(absent)}") if absent else status("have")
+
+
+def _report(folder: Location) -> Status:
+    return Status(artifact="report", state="have" if folder.exists("report.html") else "missing", note="", verb="report")

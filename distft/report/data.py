@@ -20,6 +20,7 @@ from distft.store.location import Location
 from distft.store.manifest import Manifest, fetch, read_manifest
 
 _EVALUATION = re.compile(r"(?:^|/)eval/([0-9a-f]{16})/[^/]")
+_ROW = {"generate": {"prompt", "reference", "answer", "right"}, "nll": {"nll", "tokens"}}
 _STEP = re.compile(r"step-\d{8}")
 
 
@@ -138,7 +139,10 @@ def read_metrics(folder: Location) -> list[dict[str, Any]]:
         return []
     text = folder.read("metrics.jsonl").decode(errors="replace")
     whole = text[: text.rfind("\n") + 1]
-    return _parsed(folder, "metrics.jsonl", lambda: {"lines": [json.loads(line) for line in whole.splitlines()]})["lines"]
+    lines = _parsed(folder, "metrics.jsonl", lambda: {"lines": [json.loads(line) for line in whole.splitlines()]})["lines"]
+    if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in lines):
+        raise _unreadable(folder, "metrics.jsonl", TypeError("a line is no object with a step"))
+    return lines
 
 
 def _newest_checkpoint(folder: Location) -> Manifest | None:
@@ -182,9 +186,9 @@ def _scored(store: Location, folder: Location, task: str, claimed: dict[str, Any
     entry = manifest.files[0]
     lines = fetch(where, entry, memo_path().parent / "staging").read_text(encoding="utf-8").split("\n")
     rows = tuple(json.loads(line) for line in lines if line)
-    if len(rows) != count:
-        raise CorruptArtifactError(f"{entry.name} has {len(rows)} rows, not {count}.", where=where.url,
-                                   help="Remove that folder and run `distft evaluate` again.")  # fmt: skip
+    if len(rows) != count or not all(_ROW[kind] <= row.keys() for row in rows):
+        raise CorruptArtifactError(f"{entry.name} has {len(rows)} rows; {count} with {sorted(_ROW[kind])} were expected.",
+                                   where=where.url, help="Remove that folder and run `distft evaluate` again.")  # fmt: skip
     identity = manifest.identity
     return Scored(
         kind=kind, value=value, count=count, artifact=found[1], rows=rows,

@@ -12,6 +12,7 @@ from typing import Any
 
 from distft.engine.base import StepValues
 from distft.errors import MissingArtifactError
+from distft.store.local import explained
 from distft.store.location import Location
 
 NAME = "metrics.jsonl"
@@ -30,7 +31,7 @@ class MetricsLog:
         self.lines.append(line)
         path = self.folder.local(NAME)
         if path is not None:
-            with path.open("a", encoding="utf-8") as file:
+            with explained("write", path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         elif time.monotonic() - self._put_at > REMOTE_EVERY_SECONDS:
             self.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from distft.config.load import dump
 from distft.config.schema import Run
 from distft.corpus.reader import Corpus
 from distft.corpus.render import token_rows
@@ -14,31 +15,18 @@ from distft.engine.world import World, this_device
 from distft.store.location import Location
 from distft.store.model_folder import ModelFolder
 from distft.teacher.cache import TeacherCache
+from distft.train import identity
 from distft.train.batches import Feed, StepPlan
 from distft.train.checkpoint import Checkpoints
 from distft.train.drift import Drift, check_own_teacher, measure_drift
 from distft.train.loop import train
 from distft.train.metrics import MetricsLog
 
-FORMAT = "distft-run-1"
-
-# What changes speed, memory or safety, never the weights that come out.
-OPERATIONAL = {"micro_batch_tokens", "engine", "workers", "checkpoint", "gradient_checkpointing", "drift_every_steps"}
-
 
 def run_identity(run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCache | None) -> dict[str, Any]:
-    """All that the trained weights depend on. What only measures (the held-out split, a cache that the
-    objective does not read) stays out."""
-    reads = run.objective.needs_signals or run.objective.needs_distribution
-    return {
-        "format": FORMAT,
-        "weights": model.weights_identity(),
-        "dtype": run.model.dtype,
-        "corpus": {key: value for key, value in corpus.manifest.identity.items() if key != "heldout"},
-        "teacher": cache.coverage.identity["teacher"] if cache is not None and reads else None,
-        "objective": run.objective.model_dump(),
-        "train": run.train.model_dump(mode="json", exclude=OPERATIONAL),
-    }
+    """The run's identity with these inputs in hand."""
+    teacher = cache.coverage.identity["teacher"] if cache is not None else None
+    return identity.run_identity(run, model, corpus=corpus.manifest.identity, teacher=teacher)
 
 
 def train_run(
@@ -51,6 +39,8 @@ def train_run(
     )
     plan = StepPlan(corpus.lengths("train"), run.train)
     newest = checkpoints.newest()
+    if world.leads:
+        folder.replace("config.yaml", dump(run).encode())  # only now: a config that was refused must not stand beside the run
     if newest is not None and newest[1].identity["step"] >= plan.total_steps:
         return _result(folder, plan.total_steps, plan.total_steps, newest[1].facts)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from distft.config.schema import Data
 from distft.corpus import build, tabulate, workers
 from distft.corpus.build import build_corpus, corpus_identity
 from distft.corpus.reader import Corpus
-from distft.errors import CorruptArtifactError, DataError, DistftError, MissingArtifactError, ModelError
+from distft.errors import CorruptArtifactError, DataError, DistftError, MissingArtifactError, ModelError, StaleArtifactError
 from distft.store.digest import document_digest
 from distft.store.location import Location, open_location
 from distft.store.manifest import Manifest, describe, differences
@@ -29,7 +30,7 @@ from distft.store.model_folder import ModelFolder, resolve_model
 from tests.helpers.models import tiny_tokenizer_folder
 from tests.unit.corpus.conftest import write_jsonl
 
-PART_TOKENS = 1500  # a handful of parts for the data below
+PART_TOKENS = 800  # a handful of parts for the data below
 CHUNK_ROWS = 10
 
 
@@ -96,9 +97,7 @@ def read(manifest: Manifest, store: Location, tmp_path: Path) -> Corpus:
     return Corpus.open(store.child("corpus", manifest.id), tmp_path / "staging")
 
 
-def test_documents_come_back_in_the_order_of_the_rows(
-    config: Data, model: ModelFolder, store: Location, tmp_path: Path
-) -> None:
+def test_documents_come_back_in_the_order_of_the_rows(config: Data, model: ModelFolder, store: Location, tmp_path: Path) -> None:
     manifest = build_corpus(config, model, store, part_tokens=PART_TOKENS)
     corpus = read(manifest, store, tmp_path)
     assert corpus.splits == ("train", "heldout")
@@ -132,14 +131,20 @@ def tokenizer_of(model: ModelFolder) -> Any:
     return AutoTokenizer.from_pretrained(model.path)
 
 
-def test_a_digest_is_stable(config: Data, model: ModelFolder, store: Location, tmp_path: Path) -> None:
+def test_a_digest_is_stable() -> None:
     """Teacher caches are joined by it: a change here throws them all away."""
-    corpus = read(build_corpus(config, model, store), store, tmp_path)
-    document = corpus.document("train", 0)
-    assert document_digest(np.array([1, 2, 3], np.uint32), np.array([0, 1, 1], np.bool_)) == "9f1d" or len(document.digest) == 32
-    again = document_digest(np.array(document.tokens), np.array(document.supervised))
-    flipped = document_digest(np.array(document.tokens), ~document.supervised)
-    assert (again == document.digest, flipped == document.digest) == (True, False)
+    tokens, supervised = np.array([1, 2, 3], np.uint32), np.array([False, True, True])
+    assert document_digest(tokens, supervised) == "ea3e1f8362ddc295dbed569e99fd3e48"
+
+
+def test_the_same_row_is_the_same_document_in_any_data_set(
+    config: Data, model: ModelFolder, store: Location, tmp_path: Path
+) -> None:
+    before = read(build_corpus(config, model, store), store, tmp_path).digests("train")
+    write_jsonl(tmp_path / "data" / "train.jsonl", [*chats(3, "new"), *reversed(chats(100))])
+    after = read(build_corpus(config, model, store), store, tmp_path).digests("train")
+    assert after[3:] == before[::-1]
+    assert len(set(after)) == 103
 
 
 def test_a_second_run_reads_the_manifest_and_nothing_else(
@@ -155,12 +160,16 @@ def test_workers_leave_no_trace(config: Data, model: ModelFolder, tmp_path: Path
     one = build_corpus(config, model, open_location(str(tmp_path / "one")), part_tokens=PART_TOKENS)
     monkeypatch.setattr(workers, "SPAWN_CHUNKS", 2)
     tokenised = Tokenised(monkeypatch)
-    two = build_corpus(config.model_copy(update={"workers": 2}), model, open_location(str(tmp_path / "two")), part_tokens=PART_TOKENS)
+    two = build_corpus(
+        config.model_copy(update={"workers": 2}), model, open_location(str(tmp_path / "two")), part_tokens=PART_TOKENS
+    )
     assert tokenised.rows == 0  # it was done elsewhere
     assert content(one) == content(two)
 
 
-def test_little_work_starts_no_process(config: Data, model: ModelFolder, store: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_work_starts_no_process(
+    config: Data, model: ModelFolder, store: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(workers, "ProcessPoolExecutor", None)
     monkeypatch.setattr(build, "CHUNK_ROWS", 256)
     assert build_corpus(config.model_copy(update={"workers": 8}), model, store).facts["train"]["documents"] == 100
@@ -246,7 +255,11 @@ def test_an_interruption_amid_a_part_leaves_only_what_was_committed(
     (folder,) = store.child("corpus").folders()
     names = store.child("corpus", folder).names(recursive=True)
     assert "MANIFEST.json" not in names
-    assert len([name for name in names if name.startswith("data/")]) == len([name for name in names if name.startswith("parts/")]) > 0
+    assert (
+        len([name for name in names if name.startswith("data/")])
+        == len([name for name in names if name.startswith("parts/")])
+        > 0
+    )
     with pytest.raises(MissingArtifactError, match="no corpus is committed"):
         Corpus.open(store.child("corpus", folder), Path("/nowhere"))
     assert build_corpus(config, model, store, part_tokens=PART_TOKENS).facts["train"]["documents"] == 100
@@ -273,9 +286,36 @@ def test_two_builds_at_once_end_with_one_result(
     assert list(read(mine, store, tmp_path).digests("train"))
 
 
+def test_a_build_that_cuts_its_parts_otherwise_is_not_mixed_with_this_one(
+    config: Data, model: ModelFolder, store: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, overtook = build.commit, []
+
+    def overtaken(folder: Location, manifest: Manifest, *args: Any, **kw: Any) -> Manifest:
+        if not overtook:
+            overtook.append(True)
+            with monkeypatch.context() as patch, pytest.raises(Interrupted):
+                patch.setattr(build, "commit", first_only)
+                build_corpus(config, model, store, part_tokens=2 * PART_TOKENS)
+        return commit(folder, manifest, *args, **kw)
+
+    def first_only(folder: Location, manifest: Manifest, *args: Any, **kw: Any) -> Manifest:
+        commit(folder, manifest, *args, **kw)
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "commit", overtaken)
+        with pytest.raises(StaleArtifactError, match="in parts of"):
+            build_corpus(config, model, store, part_tokens=PART_TOKENS)
+    assert build_corpus(config, model, store, part_tokens=PART_TOKENS).facts["train"]["documents"] == 100
+
+
 def test_threads_that_build_at_once_agree(config: Data, model: ModelFolder, store: Location) -> None:
     made: list[Manifest] = []
-    threads = [threading.Thread(target=lambda: made.append(build_corpus(config, model, store, part_tokens=PART_TOKENS))) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: made.append(build_corpus(config, model, store, part_tokens=PART_TOKENS)))
+        for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -422,9 +462,7 @@ def test_a_tokenizer_that_cannot_be_loaded(config: Data, model: ModelFolder, sto
         build_corpus(config, model, store)
 
 
-def test_a_slow_tokenizer_is_refused(
-    config: Data, model: ModelFolder, store: Location, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_tokenizer_is_refused(config: Data, model: ModelFolder, store: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: object())
     with pytest.raises(ModelError, match="object is not a fast tokenizer"):
         build_corpus(config, model, store)
@@ -447,6 +485,35 @@ def test_a_split_that_is_not_there(tmp_path: Path, config: Data, model: ModelFol
     assert corpus.splits == ("train",)
     with pytest.raises(MissingArtifactError, match="no split 'heldout'; it has train"):
         corpus.document("heldout", 0)
+
+
+def test_the_same_on_s3(config: Data, model: ModelFolder, store: Location, s3_url: str, tmp_path: Path) -> None:
+    here = build_corpus(config, model, store, part_tokens=PART_TOKENS)
+    away = build_corpus(config, model, open_location(s3_url), part_tokens=PART_TOKENS)
+    assert content(here) == content(away)
+    there = read(away, open_location(s3_url), tmp_path)
+    assert there.digests("train") == read(here, store, tmp_path).digests("train")
+    assert there.document("train", 99).row == 100
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, model: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def peak(count: int) -> int:
+        monkeypatch.setattr(tabulate, "NAMES_KEPT", 0)
+        write_jsonl(tmp_path / "data" / f"{count}.jsonl", [{"text": f"{n} " + "the user " * 100} for n in range(count)])
+        given = Data.model_validate(
+            {"train": {"path": str(tmp_path / "data" / f"{count}.jsonl"), "format": "text"}, "workers": 1}
+        )
+        tracemalloc.start()
+        try:
+            manifest = build_corpus(given, model, open_location(str(tmp_path / "store")), part_tokens=10_000)
+            assert manifest.facts["train"]["documents"] == count
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(10)  # imports
+    small, large = peak(100), peak(500)
+    assert large < 1.5 * small, (small, large)
 
 
 def test_workers_leave_with_a_parent_that_was_killed(config: Data, model: ModelFolder, tmp_path: Path) -> None:

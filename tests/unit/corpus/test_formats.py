@@ -51,7 +51,11 @@ def test_lists_of_messages_supervise_the_completions_turns_alone(renderer: Make,
     made = renderer("prompt_completion", **({"template": template} if template else {}))
     given = row(
         prompt=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
-        completion=[{"role": "assistant", "content": "d"}, {"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}],
+        completion=[
+            {"role": "assistant", "content": "d"},
+            {"role": "user", "content": "e"},
+            {"role": "assistant", "content": "f"},
+        ],
     )
     shown = show(made, given)
     assert "assistant\nb<|im_end|>\n" in shown
@@ -130,7 +134,7 @@ MESSAGE = {"role": "user", "content": "a"}
         ("chat", row(messages=None), "not null"),
         ("chat", row(messages=[]), "is an empty list"),
         ("chat", row(messages=["hello"]), "message 1 of column 'messages' must be an object, not str"),
-        ("chat", row(messages=[MESSAGE, {"from": "gpt", "value": "x"}]), "message 2 of column 'messages' has no 'role'; it has 'from', 'value'"),
+        ("chat", row(messages=[MESSAGE, {"from": "gpt", "value": "x"}]), "message 2 of .* has no 'role'; it has 'from', 'value'"),
         ("chat", row(messages=[{"role": "assistant", "content": None}]), "has no 'content'"),
         ("chat", row(messages=[{"role": "user", "content": [{"type": "text"}]}]), "'content' of message 1 must be a string, not list"),
         ("chat", row(messages=[{"role": 3, "content": "a"}]), "'role' of message 1 must be a string, not int"),

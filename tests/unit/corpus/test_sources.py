@@ -148,7 +148,7 @@ def test_a_missing_column_is_met_with_the_nearest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["gone.jsonl", "no/such/folder/*.jsonl", "/no/such/folder"])
 def test_a_missing_file_is_not_looked_up_on_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "_load_dataset", None)
-    with pytest.raises(DataError, match="no such file|no file matches"):
+    with pytest.raises(DataError, match=r"no such file|no file matches"):
         list(rows(source(path)))
 
 

@@ -24,9 +24,19 @@ NO_END = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor 
 OPENERS_ONLY = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
 ALTERNATING = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endfor %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 )
+# As Gemma's: a bos, the system turn folded into the user's, another name for the assistant, everything trimmed.
+GEMMA = """{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+{%- set first = messages[0]['content'] + '\n\n' -%}{%- set loop_messages = messages[1:] -%}
+{%- else -%}{%- set first = '' -%}{%- set loop_messages = messages -%}{%- endif -%}
+{%- for m in loop_messages -%}
+{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('roles must alternate') }}{%- endif -%}
+{%- set role = 'model' if m['role'] == 'assistant' else m['role'] -%}
+{{ '<|im_start|>' + role + '\n' + (first if loop.first else '') }}{{ m['content'] | trim }}{{ '<|im_end|>\n' }}
+{%- endfor -%}"""
 # As Qwen3's: the last turn's thinking is taken out and written back, that of earlier turns is left out.
 THINKING = """{%- for m in messages -%}
 {%- set content = m['content'] -%}
@@ -122,6 +132,14 @@ def test_every_byte_of_a_character_is_supervised(renderer: Make) -> None:
 
 def test_an_empty_answer_supervises_its_end_alone(renderer: Make) -> None:
     assert show(renderer(), chat("Hi", "")).endswith("<|im_start|>assistant\n⟦<|im_end|>⟧\n")
+
+
+def test_a_template_that_renames_folds_and_trims(renderer: Make) -> None:
+    shown = show(renderer(template=GEMMA, eos="<|eos|>"), chat("Hi ", " Yo\n", "model", "user", system="Brief."))
+    assert shown == (
+        "<|bos|><|im_start|>user\nBrief.\n\nHi<|im_end|>\n<|im_start|>model\n⟦Yo<|im_end|>⟧\n"
+        "<|im_start|>user\nmodel<|im_end|>\n<|im_start|>model\n⟦user<|im_end|>⟧\n"
+    )
 
 
 def test_a_trimming_template(renderer: Make) -> None:
@@ -265,6 +283,4 @@ def test_keys_without_a_value_are_left_out(renderer: Make) -> None:
     name = "{% if 'name' in message %}{{ ':' + message['name'] }}{% endif %}{{ '\n' }}"
     named = CHATML.replace("{{ message['role'] }}\n", "{{ message['role'] }}" + name)
     given = row(messages=[{"role": "user", "content": "a", "name": None}, {"role": "assistant", "content": "b", "name": "bo"}])
-    assert show(renderer(template=named), given) == (
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant:bo\n⟦b<|im_end|>⟧\n"
-    )
+    assert show(renderer(template=named), given) == ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant:bo\n⟦b<|im_end|>⟧\n")

@@ -1,0 +1,289 @@
+"""Everything that the page shows, as text and pictures in the page's order; the templates only lay it out."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from distft import __version__
+from distft.report import figures, words
+from distft.report.answers import answer_groups
+from distft.report.data import RunData, Scored
+from distft.report.figures import Curve, Point
+from distft.report.results import outcomes, same_meter, same_start, score_interval, task_names
+from distft.report.verdict import origin, verdict
+from distft.store.manifest import differences, fingerprint
+
+UNTOUCHED = "untouched"
+PARTS = {"ce": "cross-entropy", "kl": "KL(teacher‖student)", "rkl": "KL(student‖teacher)", "entropy": "entropy of the student"}
+_CURVES = (
+    ("loss", "Loss", "what was minimised, nats per token"),
+    ("ce", "Cross-entropy", "on learned tokens, nats per token"),
+    ("kl", "KL(teacher‖student)", "on held tokens, nats per token"),
+    ("rkl", "KL(student‖teacher)", "on held tokens, nats per token"),
+    ("entropy", "Entropy of the student", "nats per token"),
+)
+_OPTIMIZER = (("grad_norm", "Gradient norm", "before clipping"), ("lr", "Learning rate", "per step"),
+              ("tokens_per_second", "Speed", "tokens per second"))  # fmt: skip
+
+
+def view(runs: Sequence[RunData], title: str | None) -> dict[str, Any]:
+    found = verdict(runs)
+    tasks = task_names(runs)
+    names = [run.name for run in runs]
+    return {
+        "title": title or (f"{names[0]}: what it learned, what it kept" if len(runs) == 1 else f"Comparison of {words.listed(names)}"),
+        "version": __version__,
+        "several": len(runs) > 1,
+        "verdict": found,
+        "notes": [note for run in runs for note in run.missing] + _incomparable(runs, tasks),
+        "legend": [{"swatch": figures.swatch(i), "name": run.name, "what": _objective(run)} for i, run in enumerate(runs)],
+        "differing": _differing(runs),
+        "origin": origin(runs),
+        "tradeoffs": [picture for name in tasks if (picture := _tradeoff(runs, name)) is not None],
+        "results": [_result(runs, name) for name in tasks],
+        "drifts": [_drift(i, run) for i, run in enumerate(runs)] if any(run.drift for run in runs) else [],
+        "curves": [*_step_curves(runs, _CURVES), *_drift_curves(runs)],
+        "shares": [row for i, run in enumerate(runs) for row in _shares(i, run)],
+        "answers": answer_groups(runs),
+        "costs": [_cost(i, run) for i, run in enumerate(runs) if run.metrics],
+        "optimizer": _step_curves(runs, _OPTIMIZER),
+        "configs": [{"name": run.name, "text": run.config_text.rstrip()} for run in runs],
+        "fingerprints": [{"name": run.name, "rows": _fingerprints(run)} for run in runs],
+        "commands": _commands(runs),
+    }  # fmt: skip
+
+
+def _objective(run: RunData) -> str:
+    """`sft_kl, kl 1.0`: the objective's name and settings."""
+    objective = run.get("objective", {})
+    settings = [f"{key} {value}" for key, value in objective.items() if key != "kind"]
+    described = ", ".join([str(objective.get("kind", "unknown objective")), *settings])
+    return "" if described == run.name else described
+
+
+def _differing(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """Which keys of the run files are not the same in all runs, with each run's value."""
+    first = {key: value for key, value in runs[0].config.items() if key != "name"}
+    keys = {d.field for run in runs[1:] for d in differences(first, {k: v for k, v in run.config.items() if k != "name"})}
+    return [{"key": key, "values": [_value(run.get(key, "null")) for run in runs]} for key in sorted(keys)]
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else words.said(value)
+
+
+def _incomparable(runs: Sequence[RunData], tasks: list[str]) -> list[str]:
+    notes = [
+        f"Task {name}: the runs did not start from the same scores on the same items. Compare each with its own start only."
+        for name in tasks if not same_start(outcomes(runs, name))
+    ]  # fmt: skip
+    if not same_meter(runs):
+        notes.append("Drift was not measured alike in these runs (another teacher, held-out text or truncation): do not compare it.")
+    return notes
+
+
+def _tradeoff(runs: Sequence[RunData], name: str) -> dict[str, str] | None:
+    """Drift against the score (accuracy), or against the NLL that was saved; None where no run has both."""
+    drawn = [o for o in outcomes(runs, name) if o.run.drift is not None]
+    if not drawn:
+        return None
+    judged = drawn[0].task.kind == "generate"
+    points, starts = [], {}
+    for outcome in drawn:
+        assert outcome.run.drift is not None, "kept above"
+        before = outcome.task.before
+        starts[before.artifact, before.value] = before
+        span = score_interval(outcome.task.after) if judged else outcome.gain_interval
+        scale = 100 if judged else 1
+        value = outcome.task.after.value if judged else outcome.gain
+        points.append(Point(
+            label=outcome.run.name, place=_place(runs, outcome.run), x=outcome.run.drift.kl, y=scale * value,
+            low=scale * span.low if span else None, high=scale * span.high if span else None,
+            said=f"drift {words.drift(outcome.run.drift.kl)}, {words.percent(value) if judged else words.signed(value, 3) + ' nats per token'}",
+        ))  # fmt: skip
+    if origin(runs) == "the untouched model":
+        for before in starts.values():
+            span = score_interval(before) if judged else None
+            points.insert(0, Point(
+                label=UNTOUCHED, place=-1, x=0.0, y=100 * before.value if judged else 0.0,
+                low=100 * span.low if span else None, high=100 * span.high if span else None,
+                said=f"drift 0, {words.percent(before.value) if judged else 'its own NLL is the zero line'}",
+            ))  # fmt: skip
+    first = next(iter(starts.values()))
+    return {
+        "title": f"Right answers on {name}" if judged else f"NLL saved on {name}",
+        "unit": f"of {drawn[0].task.after.count} questions" if judged else "nats per token; up is better",
+        "svg": figures.tradeoff(
+            points, baseline=100 * first.value if judged else 0.0, bounds=(0.0, 100.0) if judged else None, unit=f"{words.NARROW}%" if judged else "",
+            x_label=f"drift from {origin(runs)}, nats per token of held-out text",
+        ),
+    }  # fmt: skip
+
+
+def _result(runs: Sequence[RunData], name: str) -> dict[str, Any]:
+    found = outcomes(runs, name)
+    judged, task = found[0].task.kind == "generate", found[0].task
+    rows, seen = [], set()
+    for outcome in found:
+        start = outcome.task.before
+        if (start.artifact, start.value) not in seen:
+            seen.add((start.artifact, start.value))
+            label = UNTOUCHED if same_start(found) else f"{UNTOUCHED}, before {outcome.run.name}"
+            rows.append({"swatch": figures.dot(-1), "name": label, **_score(start), "gain": "", "gain_interval": ""})
+        form = words.points if judged else lambda value: words.signed(value, 3)
+        rows.append({
+            "swatch": figures.dot(_place(runs, outcome.run)), "name": outcome.run.name, **_score(outcome.task.after),
+            "gain": form(outcome.gain), "gain_interval": words.interval(outcome.gain_interval, form),
+        })  # fmt: skip
+    unit = "right answers; higher is better" if judged else "NLL in nats per token; lower is better"
+    return {"name": name, "unit": unit + (" (held-out text)" if task.held else ""), "judged": judged, "rows": rows,
+            "gain_heading": "Gain, points" if judged else "NLL saved"}  # fmt: skip
+
+
+def _score(scored: Scored) -> dict[str, str]:
+    judged = scored.kind == "generate"
+    form = words.percent if judged else words.nats
+    count = f"{words.whole(scored.right)} of {words.whole(scored.count)}" if judged else words.whole(scored.count)
+    return {"score": form(scored.value), "interval": words.interval(score_interval(scored), form), "count": count}
+
+
+def _drift(place: int, run: RunData) -> dict[str, str]:
+    found = run.drift
+    row = {"swatch": figures.dot(place), "name": run.name}
+    if found is None:
+        return {**row, "drift": "not measured", "kept": "", "before": "", "after": "", "tokens": ""}
+    full = found.nll is not None and found.teacher_nll is not None
+    return {
+        **row, "drift": words.drift(found.kl), "kept": words.percent(math.exp(-found.kl)),
+        "before": words.nats(found.teacher_nll) if full and found.teacher_nll is not None else "",
+        "after": words.nats(found.nll) if full and found.nll is not None else "",
+        "tokens": words.whole(found.tokens) if found.tokens else "",
+    }  # fmt: skip
+
+
+def _step_curves(runs: Sequence[RunData], kinds: Sequence[tuple[str, str, str]]) -> list[dict[str, str]]:
+    found = []
+    for key, title, unit in kinds:
+        drawn = [Curve(label=run.name, place=i, points=_points(run, key)) for i, run in enumerate(runs)]
+        drawn = [curve for curve in drawn if any(value for _, value in curve.points)]
+        drawing = figures.curves(drawn, x_label="step", from_zero=True, described=f"{title}, {unit}, by step")
+        if drawing:
+            found.append({"title": title, "unit": unit, "svg": drawing})
+    return found
+
+
+def _points(run: RunData, key: str) -> tuple[tuple[float, float], ...]:
+    """A quantity by step; a part of the loss only in steps where some token bore it, since its mean is empty elsewhere."""
+    return tuple(
+        (float(line["step"]), float(line[key]))
+        for line in run.metrics if line.get(key) is not None and line.get(f"share_{key}", 1.0) > 0
+    )  # fmt: skip
+
+
+def _drift_curves(runs: Sequence[RunData]) -> list[dict[str, str]]:
+    found = []
+    for key, title, unit, zero in (("drift", f"Drift from {origin(runs)}", "on held-out text, nats per token", True),
+                                   ("heldout_nll", "NLL on held-out text", "nats per token", False)):  # fmt: skip
+        drawn = []
+        for place, run in enumerate(runs):
+            measured = _points(run, key)
+            start = 0.0 if key == "drift" else run.drift.teacher_nll if run.drift else None
+            if measured and run.own_teacher and start is not None:  # the untouched model is its own teacher: known, not measured
+                measured = ((0.0, start), *measured)
+            drawn.append(Curve(label=run.name, place=place, points=measured))
+        drawing = figures.curves(drawn, x_label="step", from_zero=zero, marked=True, described=f"{title}, {unit}, by step")
+        if drawing:
+            found.append({"title": title, "unit": unit, "svg": drawing})
+    return found
+
+
+def _shares(place: int, run: RunData) -> list[dict[str, Any]]:
+    """What part of the normaliser's tokens each treatment took, over the whole run, and its extremes over steps."""
+    rows = []
+    for part, title in PARTS.items():
+        lines = [line for line in run.metrics if line.get(f"share_{part}") is not None]
+        if not any(line[f"share_{part}"] for line in lines):
+            continue
+        values = [float(line[f"share_{part}"]) for line in lines]
+        mean = sum(v * line["tokens"] for v, line in zip(values, lines, strict=True)) / sum(line["tokens"] for line in lines)
+        rows.append({
+            "swatch": figures.dot(place), "name": run.name, "part": title, "place": place, "mean": words.percent(mean),
+            "low": words.percent(min(values)), "high": words.percent(max(values)), "width": f"{100 * min(1.0, mean):.2f}",
+            "value": _mean_of(lines, part),
+        })  # fmt: skip
+    return rows
+
+
+def _mean_of(lines: list[dict[str, Any]], part: str) -> str:
+    """First to last tenth of the run, in nats per token that bears the part."""
+    values = [float(line[part]) for line in lines if line.get(part) is not None and line[f"share_{part}"] > 0]
+    tenth = max(1, len(values) // 10)
+    return f"{words.nats(sum(values[:tenth]) / tenth)} to {words.nats(sum(values[-tenth:]) / tenth)}" if values else ""
+
+
+def _cost(place: int, run: RunData) -> dict[str, str]:
+    lines = run.metrics
+    total = run.checkpoint.facts.get("total_steps") if run.checkpoint else None
+    steps = words.whole(lines[-1]["step"]) + (f" of {words.whole(total)}" if total not in (None, lines[-1]["step"]) else "")
+    speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
+    seconds = sum(line["tokens"] / line["tokens_per_second"] for line in lines if line.get("tokens_per_second"))
+    return {
+        "swatch": figures.dot(place), "name": run.name, "steps": steps, "tokens": words.whole(sum(line["tokens"] for line in lines)),
+        "epochs": words.number(float(lines[-1].get("epoch", 0.0)), 2), "speed": words.whole(median(speeds)) if speeds else "",
+        "time": words.clock(seconds), "lr": f"{max(line['lr'] for line in lines):.2g}" if all("lr" in line for line in lines) else "",
+    }  # fmt: skip
+
+
+def _fingerprints(run: RunData) -> list[tuple[str, str]]:
+    """What identifies the run: digests of bytes and settings, no paths."""
+    rows: list[tuple[str, str]] = []
+    if run.checkpoint:
+        identity = run.checkpoint.identity.get("run")
+        rows.append(("run identity", fingerprint("run", identity if isinstance(identity, dict) else {})))
+        rows.append(("checkpoint", f"step {run.checkpoint.identity.get('step')}, content {run.checkpoint.content_digest}"))
+        rows += _flat("", identity) if isinstance(identity, dict) else []
+    if run.model:
+        rows += [("exported model", run.model.content_digest), *(_file("exported model", entry.name, entry.sha256) for entry in run.model.files)]
+    for task in run.tasks:
+        rows += [(f"evaluation of {task.name}, before", task.before.artifact), (f"evaluation of {task.name}, after", task.after.artifact)]
+    return rows
+
+
+def _file(what: str, name: str, sha256: str) -> tuple[str, str]:
+    return f"{what}, {name}", sha256
+
+
+def _flat(prefix: str, tree: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            rows += _flat(f"{prefix}{key}.", value)
+        elif value is not None:
+            rows.append((f"{prefix}{key}", _value(value)))
+    return rows
+
+
+def _commands(runs: Sequence[RunData]) -> str:
+    """How to make it again, from the run files below."""
+    lines = ["# each run file is printed in full under 'Exact configuration'"]
+    lines += [f"distft run {shlex.quote(run.name + '.yaml')}" for run in runs]
+    if len(runs) > 1:
+        lines += [
+            "", "# this page", "python - <<'END'", "from distft.report.page import write_report",
+            "from distft.store.location import open_location",
+            f"store = open_location({runs[0].get('store', './store')!r})",
+            f"print(write_report(store, {[run.name for run in runs]!r}, page=store))", "END",
+        ]  # fmt: skip
+    else:
+        lines += ["", "# this page alone", f"distft report {shlex.quote(runs[0].name + '.yaml')}"]
+    return "\n".join(lines)
+
+
+def _place(runs: Sequence[RunData], run: RunData) -> int:
+    return next(i for i, other in enumerate(runs) if other is run)
+
+

@@ -1,0 +1,33 @@
+"""What a training run and its exported model are; torch-free, for plans and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distft.config.schema import Run
+from distft.store.model_folder import ModelFolder
+
+FORMAT = "distft-run-1"
+
+# What changes speed, memory or safety, never the weights that come out.
+OPERATIONAL = {"micro_batch_tokens", "engine", "workers", "checkpoint", "gradient_checkpointing", "drift_every_steps"}
+
+
+def run_identity(run: Run, model: ModelFolder, *, corpus: dict[str, Any], teacher: str | None) -> dict[str, Any]:
+    """`corpus` is the corpus's identity, `teacher` the cache's id. What only measures (the held-out split, a cache that the
+    objective does not read) stays out."""
+    reads = run.objective.needs_signals or run.objective.needs_distribution
+    return {
+        "format": FORMAT,
+        "weights": model.weights_identity(),
+        "dtype": run.model.dtype,
+        "corpus": {key: value for key, value in corpus.items() if key != "heldout"},
+        "teacher": teacher if reads else None,
+        "objective": run.objective.model_dump(mode="json"),
+        "train": run.train.model_dump(mode="json", exclude=OPERATIONAL),
+    }
+
+
+def model_identity(run: Run, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The exported model of a checkpoint, which is given by its identity."""
+    return {"checkpoint": checkpoint, "dtype": run.export.dtype or run.model.dtype, "shard_bytes": run.export.shard_bytes}
