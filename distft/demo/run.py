@@ -15,6 +15,7 @@ from distft.demo.model import smollm2_folder
 from distft.pipeline import Pipeline
 from distft.progress import say
 from distft.report.page import comparison_rows, comparison_table, write_report
+from distft.store.location import open_location
 
 ARMS: dict[str, dict[str, Any]] = {"sft-kl": {"kind": "sft_kl", "kl": 1.0}, "sft": {"kind": "sft"}}
 
@@ -33,7 +34,7 @@ def run_demo(folder: Path) -> dict[str, Any]:
         say(f"\n{name}: distft run {path}")
         results[name] = Pipeline(run).run_all()
         runs.append(run.name)
-    store = Pipeline(run).store
+    store = open_location(str(folder / "store"))
     page = write_report(store, runs, page=store, title="distft demo")
     return {"page": page, "runs": results, "table": f"\n{comparison_table(comparison_rows(store, runs))}\n\n{page}"}
 

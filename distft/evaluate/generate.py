@@ -15,13 +15,14 @@ from distft.store.model_folder import ModelFolder
 
 
 def answers(
-    whole: Any, tokenizer: Any, chats: Sequence[list[dict[str, Any]]], *, stops: list[int], max_new_tokens: int,
-    tokens_per_batch: int, meter: Meter | None = None,
+    whole: Any, tokenizer: Any, chats: Sequence[list[dict[str, Any]]], *, max_new_tokens: int, tokens_per_batch: int,
+    stops: list[int] | None = None, meter: Meter | None = None,
 ) -> list[str]:  # fmt: skip
-    """The model's answer to each chat, up to one of `stops`, decoded without special tokens. Greedy, whatever the model's own
-    generation_config.json asks for: the same on every run."""
+    """The model's answer to each chat, up to one of `stops` (None: the tokenizer's eos), decoded without special tokens. Greedy,
+    whatever the model's own generation_config.json asks for: the same on every run."""
     from transformers import GenerationConfig
 
+    stops = stops or [id for id in [tokenizer.eos_token_id] if id is not None]
     rendered = [render_prompt(tokenizer, chat) for chat in chats]
     device, texts = next(whole.parameters()).device, [""] * len(chats)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*stops, 0)[0]  # masked, so that any will do

@@ -10,7 +10,6 @@ from typing import Any
 from distft.config.schema import GenerateTask
 from distft.errors import DataError
 
-
 _SAID = {"role", "content"}
 
 
@@ -51,7 +50,7 @@ def _item(line: bytes, *, where: str) -> Item:
     prompt = row["prompt"]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) and _SAID <= m.keys() for m in prompt):
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) and m.keys() >= _SAID for m in prompt):
         raise DataError("`prompt` is neither a string nor a list of {role, content}.", where=where)
     if not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool):
         raise DataError(f"`answer` is a {type(row['answer']).__name__}; a string or a number is wanted.", where=where)

@@ -73,7 +73,7 @@ class Targets:
     """None: no token has a weight on a divergence."""
 
     def to(self, device: torch.device) -> Targets:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return Targets(**{name: None if value is None else value.to(device) for name, value in moved.items()})
 
 

@@ -60,12 +60,21 @@ def _block(runs: Sequence[RunData], found: list[Outcome]) -> dict[str, Any]:
 
 
 def _tally(place: int, outcome: Outcome) -> dict[str, str]:
-    pairs = [(bool(b["right"]), bool(a["right"])) for b, a in zip(outcome.task.before.rows or (), outcome.task.after.rows or (), strict=True)]
+    pairs = [
+        (bool(b["right"]), bool(a["right"]))
+        for b, a in zip(outcome.task.before.rows or (), outcome.task.after.rows or (), strict=True)
+    ]
     counts = {"lost": (True, False), "gained": (False, True), "kept": (True, True), "wrong": (False, False)}
-    return {"swatch": figures.dot(place), "name": outcome.run.name, **{key: words.whole(pairs.count(pair)) for key, pair in counts.items()}}
+    return {
+        "swatch": figures.dot(place),
+        "name": outcome.run.name,
+        **{key: words.whole(pairs.count(pair)) for key, pair in counts.items()},
+    }
 
 
-def _card(item: int, before: Sequence[dict[str, Any]], after: list[tuple[str, int, Sequence[dict[str, Any]]]]) -> dict[str, Any]:
+def _card(
+    item: int, before: Sequence[dict[str, Any]], after: Sequence[tuple[str, int, Sequence[dict[str, Any]]]]
+) -> dict[str, Any]:
     row = before[item]
     said = [("untouched", -1, before), *after]
     return {
@@ -73,7 +82,12 @@ def _card(item: int, before: Sequence[dict[str, Any]], after: list[tuple[str, in
         "prompt": _cut(_prompt(row["prompt"])),
         "reference": _cut(words.said(row["reference"])),
         "answers": [
-            {"swatch": figures.dot(place), "name": name, "right": bool(rows[item]["right"]), "text": _cut(words.said(rows[item]["answer"]))}
+            {
+                "swatch": figures.dot(place),
+                "name": name,
+                "right": bool(rows[item]["right"]),
+                "text": _cut(words.said(rows[item]["answer"])),
+            }
             for name, place, rows in said
         ],
     }

@@ -229,13 +229,19 @@ def _missing(
         notes.append(f"{name} has no measured drift: its run file has no data.heldout, or training has not come that far.")
     if model and checkpoint and (model.identity.get("checkpoint") or {}).get("step") != checkpoint.identity.get("step"):
         was = (model.identity.get("checkpoint") or {}).get("step")
-        notes.append(f"{name}: the exported model is of step {was}, the newest checkpoint of step {checkpoint.identity.get('step')}.")
+        notes.append(
+            f"{name}: the exported model is of step {was}, the newest checkpoint of step {checkpoint.identity.get('step')}."
+        )
     exported = {entry.sha256 for entry in model.files} if model else set()
     for task in tasks:
         if task.before.rows is None or task.after.rows is None:
-            notes.append(f"{name}, task {task.name}: the items are no longer in the store, so intervals and answers are left out.")
+            notes.append(
+                f"{name}, task {task.name}: the items are no longer in the store, so intervals and answers are left out."
+            )
         elif exported and not task.after.weights <= exported:
-            notes.append(f"{name}, task {task.name}: the scores are of other weights than the exported ones. Run distft evaluate again.")
+            notes.append(
+                f"{name}, task {task.name}: the scores are of other weights than the exported ones. Run distft evaluate again."
+            )
     return notes
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from distft.report import svg, words
 from distft.report.svg import BOTTOM, LEFT, RIGHT, TOP, Scale
+
+Style = Literal["noisy", "exact", "marked"]
+"""noisy: drawn faintly as it is and boldly as its running mean; exact: as it is; marked: with a marker on each measurement."""
 
 LARGE, SMALL = (440, 330), (340, 200)
 """Width and height in units of which a letter is twelve; the page shows a picture at about these sizes in pixels."""
@@ -50,22 +54,29 @@ def tradeoff(points: Sequence[Point], *, baseline: float, x_label: str, unit: st
     x_ticks = [v for v in svg.ticks(0, x.high, 5) if v >= 0]
     parts = [svg.frame(x, y, x_label=x_label, x_ticks=x_ticks, y_ticks=svg.ticks(low, high, 6), unit=unit)]
     parts.append(svg.tag("line", x1=x.start, x2=x.end, y1=y(baseline), y2=y(baseline), class_="baseline"))
-    taken = [(x(p.x) - 8, y(p.high if p.high is not None else p.y) - 8, x(p.x) + 8, y(p.low if p.low is not None else p.y) + 8) for p in points]
+    taken = [
+        (x(p.x) - 8, y(p.high if p.high is not None else p.y) - 8, x(p.x) + 8, y(p.low if p.low is not None else p.y) + 8)
+        for p in points
+    ]
     for point in points:
         bar = ""
         if point.low is not None and point.high is not None:
             bar = svg.tag("line", x1=x(point.x), x2=x(point.x), y1=y(point.low), y2=y(point.high), class_="bar")
             for end in (point.low, point.high):
                 bar += svg.tag("line", x1=x(point.x) - 4, x2=x(point.x) + 4, y1=y(end), y2=y(end), class_="bar")
-        label, box = _place(_short(point.label), x(point.x), y(point.y), taken, edge=(x.start, y.end, x.end, y.start), baseline=y(baseline))
+        label, box = _place(
+            _short(point.label), x(point.x), y(point.y), taken, edge=(x.start, y.end, x.end, y.start), baseline=y(baseline)
+        )
         taken.append(box)
         title = svg.tag("title", svg.escape(f"{point.label}: {point.said}"))
-        parts.append(svg.tag("g", title + bar + svg.mark(point.place, x(point.x), y(point.y)) + label, class_=svg.series(point.place)))
+        parts.append(
+            svg.tag("g", title + bar + svg.mark(point.place, x(point.x), y(point.y)) + label, class_=svg.series(point.place))
+        )
     return svg.picture("".join(parts), *LARGE, "; ".join(f"{p.label}: {p.said}" for p in points))
 
 
-def curves(drawn: Sequence[Curve], *, x_label: str, from_zero: bool, marked: bool = False, described: str) -> str:
-    """One line per run over the steps. A noisy one is drawn faintly as it is, and boldly as its running mean."""
+def curves(drawn: Sequence[Curve], *, x_label: str, from_zero: bool, style: Style, described: str) -> str:
+    """One line per run over the steps."""
     lines = [(curve, _thinned([p for p in curve.points if all(map(math.isfinite, p))])) for curve in drawn]
     values = [value for _, points in lines for _, value in points]
     steps = [step for _, points in lines for step, _ in points]
@@ -82,12 +93,12 @@ def curves(drawn: Sequence[Curve], *, x_label: str, from_zero: bool, marked: boo
         if not points:
             continue
         placed = [(x(step), y(value)) for step, value in points]
-        smooth = placed if marked else _running_mean(placed)
+        smooth = _running_mean(placed) if style == "noisy" else placed
         content = svg.tag("title", svg.escape(curve.label))
         if smooth is not placed:
             content += svg.line(placed, 0, "raw")
         content += svg.line(smooth, curve.place, "mean")
-        if marked:
+        if style == "marked":
             for (step, value), (px, py) in zip(points, placed, strict=True):
                 hover = svg.tag("title", svg.escape(f"{curve.label}, step {step:,.0f}: {words.drift(value)}"))
                 content += svg.tag("g", hover + svg.mark(curve.place, px, py, 3.5))

@@ -58,7 +58,10 @@ def tick_labels(values: Sequence[float]) -> list[str]:
 def frame(x: Scale, y: Scale, *, x_label: str, x_ticks: Sequence[float], y_ticks: Sequence[float], unit: str = "") -> str:
     """Grid lines, tick labels and the label of the horizontal axis; that of the vertical one stands above the picture, as text."""
     lines = [tag("line", x1=x.start, x2=x.end, y1=y(v), y2=y(v), class_="grid") for v in y_ticks]
-    lines += [text(f"{label}{unit}", x.start - 7, y(v) + 4, "end", "tick") for v, label in zip(y_ticks, tick_labels(y_ticks), strict=True)]
+    lines += [
+        text(f"{label}{unit}", x.start - 7, y(v) + 4, "end", "tick")
+        for v, label in zip(y_ticks, tick_labels(y_ticks), strict=True)
+    ]
     for value, label in zip(x_ticks, tick_labels(x_ticks), strict=True):
         lines.append(tag("line", x1=x(value), x2=x(value), y1=y.start, y2=y.start + 4, class_="axis"))
         lines.append(text(label, x(value), y.start + 17, "middle", "tick"))

@@ -9,6 +9,7 @@ from distft.report.data import RunData, read_runs
 from distft.report.results import Outcome, outcomes, score_interval, task_names
 from distft.store.location import Location
 
+LONGEST_NAME = 40
 _PLAIN = str.maketrans({words.MINUS: "-", words.NARROW: " "})
 
 
@@ -21,7 +22,14 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
     """A few aligned lines: before -> after per run and task, drift, and which way is better."""
     tasks = {name: task for row in reversed(rows) for name, task in reversed(row["tasks"].items())}
     names = sorted(reversed(tasks), key=lambda name: tasks[name]["held"])
-    columns = [["run", "", *(row["run"] for row in rows), ""]]
+    columns = [
+        [
+            "run",
+            "",
+            *(row["run"] if len(row["run"]) <= LONGEST_NAME else f"{row['run'][: LONGEST_NAME - 1]}…" for row in rows),
+            "",
+        ]
+    ]
     for name in names:
         judged = tasks[name]["kind"] == "generate"
         cells = [_before_after(row["tasks"].get(name)) for row in rows]
@@ -30,7 +38,10 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
     drifts = ["not measured" if row["drift"] is None else words.drift(row["drift"]) for row in rows]
     columns.append(["drift, held-out text", "nats per token", *drifts, "lower is better; 0: unchanged"])
     wide = [max(map(len, column)) for column in columns]
-    lines = ["   ".join(cell.ljust(width) for cell, width in zip(line, wide, strict=True)).rstrip() for line in zip(*columns, strict=True)]
+    lines = [
+        "   ".join(cell.ljust(width) for cell, width in zip(line, wide, strict=True)).rstrip()
+        for line in zip(*columns, strict=True)
+    ]
     return "\n".join(lines).translate(_PLAIN)
 
 

@@ -31,12 +31,16 @@ def verdict(runs: Sequence[RunData]) -> Verdict:
     found = outcomes(runs, task) if task else []
     evaluated = {o.run.name for o in found}
     rest = [run for run in runs if run.name not in evaluated]
-    details = [_detail(outcome) for outcome in found]
     if len(found) < 2:
+        details = [_detail(outcome) for outcome in found]
         sentences = [_alone(outcome) for outcome in found] + [_unknown(run) for run in rest]
         return Verdict(sentence=" ".join(sentences), details=tuple(details), target=task, reference=None)
     main = reference(found)
     others = [outcome for outcome in found if outcome is not main]
+    crowded = len(others) > 1 and same_start(found) and _has_learned(main)
+    details = [
+        _detail(o) + (f"; {_share(o, main)} of the gain of {main.run.name}" if crowded and o is not main else "") for o in found
+    ]
     sentence = _comparison(main, others)
     if rest:
         sentence += f" {_names(rest)} {'has' if len(rest) == 1 else 'have'} no score on {task}."
@@ -51,9 +55,9 @@ def _comparison(main: Outcome, others: list[Outcome]) -> str:
             f"against each other: {'; '.join(_alone(o).rstrip('.') for o in [main, *others][:MOST_CLAUSES])}."
         )
     clauses = []
-    learnt = main.clear and main.gain > 0
+    learnt = _has_learned(main)
     for place, other in enumerate(others[:MOST_CLAUSES]):
-        parts = [_learned(other, main, first=place == 0)] if learnt else []
+        parts = [_learned(other, main, first=place == 0, alone=len(others) == 1)] if learnt else []
         parts += _drifted(other, main)
         clauses.append(f"{other.run.name} {' and '.join(parts)}" if parts else f"{other.run.name}: no drift was measured")
     if len(others) > MOST_CLAUSES:
@@ -69,18 +73,28 @@ def _comparison(main: Outcome, others: list[Outcome]) -> str:
     return f"{why}, so no share of it is given: {'; '.join(clauses)}."
 
 
-def _learned(other: Outcome, main: Outcome, *, first: bool) -> str:
-    """`learned 94 % of what sft learned on spell`, with the interval of that ratio."""
+def _has_learned(main: Outcome) -> bool:
+    """Whether a share of its gain means anything."""
+    return main.clear and main.gain > 0
+
+
+def _learned(other: Outcome, main: Outcome, *, first: bool, alone: bool) -> str:
+    """`learned 94 % of what sft learned on spell`; the interval is said where one other run leaves room for it."""
     what = f"of what {main.run.name} learned" + (f" on {main.task.name}" if first else "")
     if other.gain <= 0:
         return f"learned nothing {what}"
+    share, _, span = _share(other, main).partition(" (")
+    return f"learned {share} {what}" + (f" ({span}" if alone and span else "")
+
+
+def _share(other: Outcome, main: Outcome) -> str:
+    """`94 % (95 % interval 88 to 100)` of what the reference gained."""
     share = f"{words.number(100 * other.gain / main.gain, 0)}{words.NARROW}%"
     mine, theirs = other.item_gains, main.item_gains
     if mine is None or theirs is None:
-        return f"learned {share} {what}"
-    found = intervals.ratio(mine, theirs)
-    low, high = words.number(100 * found.low, 0), words.number(100 * found.high, 0)
-    return f"learned {share} {what} (95{words.NARROW}% interval {low} to {high})"
+        return share
+    span = words.interval(intervals.ratio(mine, theirs), lambda value: words.number(100 * value, 0))
+    return f"{share} (95{words.NARROW}% interval {span})"
 
 
 def _drifted(other: Outcome, main: Outcome) -> list[str]:
@@ -117,7 +131,9 @@ def _unknown(run: RunData) -> str:
     if not run.metrics:
         return f"{run.name} has not been trained yet."
     steps = f"{words.whole(run.metrics[-1]['step'])} steps"
-    return f"{run.name} was trained for {steps}; it has no evaluation, so what it learned is not known{_and_drift(run, ', but it')}."
+    return (
+        f"{run.name} was trained for {steps}; it has no evaluation, so what it learned is not known{_and_drift(run, ', but it')}."
+    )
 
 
 def _and_drift(run: RunData, joint: str = " and") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -35,7 +36,7 @@ def view(runs: Sequence[RunData], title: str | None) -> dict[str, Any]:
     tasks = task_names(runs)
     names = [run.name for run in runs]
     return {
-        "title": title or (f"{names[0]}: what it learned, what it kept" if len(runs) == 1 else f"Comparison of {words.listed(names)}"),
+        "title": title or (f"What {names[0]} learned, and what it kept" if len(runs) == 1 else f"Comparison of {words.listed(names)}"),
         "version": __version__,
         "several": len(runs) > 1,
         "verdict": found,
@@ -58,11 +59,11 @@ def view(runs: Sequence[RunData], title: str | None) -> dict[str, Any]:
 
 
 def _objective(run: RunData) -> str:
-    """`sft_kl, kl 1.0`: the objective's name and settings."""
+    """`sft_kl, kl 1.0`: the objective's name, unless that is the run's name too, and its settings."""
     objective = run.get("objective", {})
     settings = [f"{key} {value}" for key, value in objective.items() if key != "kind"]
-    described = ", ".join([str(objective.get("kind", "unknown objective")), *settings])
-    return "" if described == run.name else described
+    kind = str(objective.get("kind", "unknown objective"))
+    return ", ".join([*([] if kind == run.name else [kind]), *settings])
 
 
 def _differing(runs: Sequence[RunData]) -> list[dict[str, Any]]:
@@ -82,7 +83,9 @@ def _incomparable(runs: Sequence[RunData], tasks: list[str]) -> list[str]:
         for name in tasks if not same_start(outcomes(runs, name))
     ]  # fmt: skip
     if not same_meter(runs):
-        notes.append("Drift was not measured alike in these runs (another teacher, held-out text or truncation): do not compare it.")
+        notes.append(
+            "Drift was not measured alike in these runs (another teacher, held-out text or truncation): do not compare it."
+        )
     return notes
 
 
@@ -141,7 +144,7 @@ def _result(runs: Sequence[RunData], name: str) -> dict[str, Any]:
         })  # fmt: skip
     unit = "right answers; higher is better" if judged else "NLL in nats per token; lower is better"
     return {"name": name, "unit": unit + (" (held-out text)" if task.held else ""), "judged": judged, "rows": rows,
-            "gain_heading": "Gain, points" if judged else "NLL saved"}  # fmt: skip
+            "gain_heading": "Gain" if judged else "Saved"}  # fmt: skip
 
 
 def _score(scored: Scored) -> dict[str, str]:
@@ -170,10 +173,19 @@ def _step_curves(runs: Sequence[RunData], kinds: Sequence[tuple[str, str, str]])
     for key, title, unit in kinds:
         drawn = [Curve(label=run.name, place=i, points=_points(run, key)) for i, run in enumerate(runs)]
         drawn = [curve for curve in drawn if any(value for _, value in curve.points)]
-        drawing = figures.curves(drawn, x_label="step", from_zero=True, described=f"{title}, {unit}, by step")
+        style = "noisy"
+        if key == "lr":  # 0.000005 is hard to read: the axis counts in powers of ten
+            power = math.floor(math.log10(max([value for curve in drawn for _, value in curve.points], default=1.0)))
+            drawn = [replace(curve, points=tuple((step, value / 10.0**power) for step, value in curve.points)) for curve in drawn]
+            style, unit = "exact", f"times 10{_superscript(power)}"
+        drawing = figures.curves(drawn, x_label="step", from_zero=True, style=style, described=f"{title}, {unit}, by step")
         if drawing:
             found.append({"title": title, "unit": unit, "svg": drawing})
     return found
+
+
+def _superscript(power: int) -> str:
+    return str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _points(run: RunData, key: str) -> tuple[tuple[float, float], ...]:
@@ -195,7 +207,7 @@ def _drift_curves(runs: Sequence[RunData]) -> list[dict[str, str]]:
             if measured and run.own_teacher and start is not None:  # the untouched model is its own teacher: known, not measured
                 measured = ((0.0, start), *measured)
             drawn.append(Curve(label=run.name, place=place, points=measured))
-        drawing = figures.curves(drawn, x_label="step", from_zero=zero, marked=True, described=f"{title}, {unit}, by step")
+        drawing = figures.curves(drawn, x_label="step", from_zero=zero, style="marked", described=f"{title}, {unit}, by step")
         if drawing:
             found.append({"title": title, "unit": unit, "svg": drawing})
     return found
@@ -247,9 +259,15 @@ def _fingerprints(run: RunData) -> list[tuple[str, str]]:
         rows.append(("checkpoint", f"step {run.checkpoint.identity.get('step')}, content {run.checkpoint.content_digest}"))
         rows += _flat("", identity) if isinstance(identity, dict) else []
     if run.model:
-        rows += [("exported model", run.model.content_digest), *(_file("exported model", entry.name, entry.sha256) for entry in run.model.files)]
+        rows += [
+            ("exported model", run.model.content_digest),
+            *(_file("exported model", entry.name, entry.sha256) for entry in run.model.files),
+        ]
     for task in run.tasks:
-        rows += [(f"evaluation of {task.name}, before", task.before.artifact), (f"evaluation of {task.name}, after", task.after.artifact)]
+        rows += [
+            (f"evaluation of {task.name}, before", task.before.artifact),
+            (f"evaluation of {task.name}, after", task.after.artifact),
+        ]
     return rows
 
 
@@ -285,5 +303,3 @@ def _commands(runs: Sequence[RunData]) -> str:
 
 def _place(runs: Sequence[RunData], run: RunData) -> int:
     return next(i for i, other in enumerate(runs) if other is run)
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 from distft.report.intervals import Interval
@@ -53,8 +54,11 @@ def whole(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def interval(found: Interval | None, form: Any) -> str:
-    return "" if found is None else f"{form(found.low)} to {form(found.high)}"
+def interval(found: Interval | None, form: Callable[[float], str]) -> str:
+    """`63.3 to 75.9 %`: the unit once."""
+    if found is None:
+        return ""
+    return f"{form(found.low).removesuffix(f'{NARROW}%')} to {form(found.high)}"
 
 
 def clock(seconds: float) -> str:

@@ -8,6 +8,7 @@ The ids and log-probabilities of a document lie flat, `counts` of them per token
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,7 @@ def from_table(table: pa.Table, row: int, *, where: str) -> tuple[str, int, Scor
     return table.column("digest")[row].as_py(), table.column("tokens")[row].as_py(), scores
 
 
-def _row_values(column: pa.ChunkedArray, row: int) -> npt.NDArray[np.generic]:
+def _row_values(column: pa.ChunkedArray, row: int) -> npt.NDArray[Any]:
     for chunk in column.chunks:
         if row < len(chunk):
             first, last = chunk.offsets[row].as_py(), chunk.offsets[row + 1].as_py()

@@ -20,7 +20,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "sft": {"objective": {"kind": "sft"}, "right": 0.71, "nll": 0.31, "drift": 0.4127},
     "sft_kl": {"objective": {"kind": "sft_kl", "kl": 1.0}, "right": 0.67, "nll": 0.355, "drift": 0.0866},
 }
-HEX = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("base", "config", "vocabulary", "special", "template", "train", "held")}
+HEX = {
+    name: hashlib.sha256(name.encode()).hexdigest()
+    for name in ("base", "config", "vocabulary", "special", "template", "train", "held")
+}
 HELDOUT = {"path": "data/general.jsonl", "format": "chat"}
 
 
@@ -90,8 +93,14 @@ def generate_rows(arm: dict[str, Any] | None, seed: int, count: int, answer: str
     hard = np.random.default_rng(5).random(count)
     rows = []
     for i in range(count):
-        word = ["lantern", "copper", "meadow", "harbour", "quartz", "violet", "ribbon", "granite"][i % 8] + "abcdefghij"[i // 8 % 10]
-        right = bool(known[i]) if arm is None else bool(0.8 * hard[i] + 0.2 * skill[i] < arm["right"]) and not (known[i] and i % 3 == 0)
+        word = ["lantern", "copper", "meadow", "harbour", "quartz", "violet", "ribbon", "granite"][i % 8] + "abcdefghij"[
+            i // 8 % 10
+        ]
+        right = (
+            bool(known[i])
+            if arm is None
+            else bool(0.8 * hard[i] + 0.2 * skill[i] < arm["right"]) and not (known[i] and i % 3 == 0)
+        )
         wrong = f"{word} reversed is {word}. " + ("I can help you with that! " * 3 if arm is None else "") + answer
         rows.append({"prompt": [{"role": "user", "content": f"Write the word {word!r} backwards, in capitals."}], "reference": word[::-1].upper(),
                      "answer": word[::-1].upper() if right else wrong, "right": right})  # fmt: skip
@@ -102,7 +111,10 @@ def nll_rows(arm: dict[str, Any] | None, seed: int, count: int, answer: str) -> 
     tokens = np.random.default_rng(3).integers(6, 30, count)
     mean = 2.41 if arm is None else arm["nll"]
     noise = np.random.default_rng(0 if arm is None else 20 + seed).normal(0, 0.25 * mean, count)
-    return [{"document": f"{i:032x}", "nll": float((mean + e) * n), "tokens": int(n)} for i, (n, e) in enumerate(zip(tokens, noise, strict=True))]
+    return [
+        {"document": f"{i:032x}", "nll": float((mean + e) * n), "tokens": int(n)}
+        for i, (n, e) in enumerate(zip(tokens, noise, strict=True))
+    ]
 
 
 def metrics(arm: dict[str, Any], seed: int) -> list[dict[str, Any]]:
@@ -115,7 +127,10 @@ def metrics(arm: dict[str, Any], seed: int) -> list[dict[str, Any]]:
                 "share_rkl": 0.0, "share_entropy": 0.0, "tokens": int(random.integers(7_600, 8_192)), "lr": 1e-5 * min(1, step / 10) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS)),
                 "grad_norm": 1 + 3 * math.exp(-step / 20) + abs(random.normal(0, 0.2)), "tokens_per_second": random.normal(5_200 - 500 * holds, 120)}  # fmt: skip
         if step % 20 == 0:
-            line |= {"drift": arm["drift"] * (1 - math.exp(-step / 40)) / (1 - math.exp(-STEPS / 40)), "heldout_nll": 1.402 + 0.5 * arm["drift"]}
+            line |= {
+                "drift": arm["drift"] * (1 - math.exp(-step / 40)) / (1 - math.exp(-STEPS / 40)),
+                "heldout_nll": 1.402 + 0.5 * arm["drift"],
+            }
         lines.append({**line, "epoch": step / STEPS * 3})
     return lines
 
