@@ -7,12 +7,13 @@ from distft.corpus.chat import Encoded, Renderer, load_tokenizer
 from distft.corpus.reader import Document
 from distft.corpus.sources import rows
 from distft.errors import DataError
+from distft.progress import say
 from distft.store.digest import document_digest
 from distft.store.model_folder import ModelFolder
 
 
 def render_source(source: Source, model: ModelFolder, *, max_tokens: int) -> list[Document]:
-    """The documents of a source by the same rules as a corpus; rows that are dropped there are left out here."""
+    """The documents of a source by the same rules as a corpus; says how many rows were dropped."""
     found = list(rows(source))
     encoded = Renderer(load_tokenizer(model), source).encode(found, max_tokens)
     documents = [
@@ -20,6 +21,10 @@ def render_source(source: Source, model: ModelFolder, *, max_tokens: int) -> lis
         for row, one in zip(found, encoded, strict=True)
         if isinstance(one, Encoded)
     ]
+    if len(documents) < len(found):
+        say(
+            f"{source.path}: {len(found) - len(documents)} of {len(found)} rows dropped: no supervised token within {max_tokens} tokens"
+        )
     if not documents:
         raise DataError("No row of the source gives a document.", where=source.path, help="Check its `format` and columns.")
     return documents

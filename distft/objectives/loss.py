@@ -73,8 +73,8 @@ class Targets:
     """None: no token has a weight on a divergence."""
 
     def to(self, device: torch.device) -> Targets:
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Targets(**{name: None if value is None else value.to(device) for name, value in moved.items()})
+        moved: dict[str, Any] = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "teacher"}
+        return Targets(**moved, teacher=self.teacher and self.teacher.to(device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,7 +52,10 @@ def _block(runs: Sequence[RunData], found: list[Outcome]) -> dict[str, Any]:
         "task": found[0].task.name,
         "tallies": [_tally(place, outcome) for place, outcome in zip(places, found, strict=True)],
         "sorts": [
-            {"sort": sort, "label": SORTS[sort][len(found) > 1], "count": len(items), "cards": [_card(i, before, named) for i in items[: SHOWN[sort]]]}
+            {
+                "label": SORTS[sort][len(found) > 1], "count": len(items),
+                "cards": [_card(item, before, named) for item in items[: SHOWN[sort]]],
+            }
             for sort, items in sorts.items() if items
         ],
         "questions": len(before),

@@ -4,7 +4,7 @@ a dark page; text stays text."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -83,13 +83,15 @@ def mark(place: int, x: float, y: float, size: float = 5.0) -> str:
     """The run's marker: shape as well as colour, for those who cannot tell the colours apart."""
     if place < 0:
         return tag("circle", cx=x, cy=y, r=size, class_="mark hollow")
-    draw: dict[str, Callable[[], str]] = {
-        "circle": lambda: tag("circle", cx=x, cy=y, r=size, class_="mark"),
-        "square": lambda: tag("rect", x=x - 0.9 * size, y=y - 0.9 * size, width=1.8 * size, height=1.8 * size, class_="mark"),
-        "triangle": lambda: tag("path", d=_path([(x, y - 1.2 * size), (x + 1.1 * size, y + 0.8 * size), (x - 1.1 * size, y + 0.8 * size)], closed=True), class_="mark"),
-        "diamond": lambda: tag("path", d=_path([(x, y - 1.25 * size), (x + 1.25 * size, y), (x, y + 1.25 * size), (x - 1.25 * size, y)], closed=True), class_="mark"),
-    }  # fmt: skip
-    return draw[MARKS[(place // 2 if place >= COLOURS else place) % len(MARKS)]]()
+    shape = MARKS[(place // 2 if place >= COLOURS else place) % len(MARKS)]
+    if shape == "circle":
+        return tag("circle", cx=x, cy=y, r=size, class_="mark")
+    corners = {
+        "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
+        "triangle": [(0, -1.2), (1.1, 0.8), (-1.1, 0.8)],
+        "diamond": [(0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)],
+    }[shape]
+    return tag("path", d=_path([(x + size * dx, y + size * dy) for dx, dy in corners], closed=True), class_="mark")
 
 
 def line(points: Sequence[tuple[float, float]], place: int, class_: str) -> str:

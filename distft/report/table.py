@@ -20,16 +20,11 @@ def comparison_rows(store: Location, runs: list[str]) -> list[dict[str, Any]]:
 
 def comparison_table(rows: list[dict[str, Any]]) -> str:
     """A few aligned lines: before -> after per run and task, drift, and which way is better."""
-    tasks = {name: task for row in reversed(rows) for name, task in reversed(row["tasks"].items())}
-    names = sorted(reversed(tasks), key=lambda name: tasks[name]["held"])
-    columns = [
-        [
-            "run",
-            "",
-            *(row["run"] if len(row["run"]) <= LONGEST_NAME else f"{row['run'][: LONGEST_NAME - 1]}…" for row in rows),
-            "",
-        ]
-    ]
+    tasks: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        tasks |= {name: task for name, task in row["tasks"].items() if name not in tasks}
+    names = sorted(tasks, key=lambda name: tasks[name]["held"])
+    columns = [["run", "", *(_short(row["run"]) for row in rows), ""]]
     for name in names:
         judged = tasks[name]["kind"] == "generate"
         cells = [_before_after(row["tasks"].get(name)) for row in rows]
@@ -43,6 +38,10 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
         for line in zip(*columns, strict=True)
     ]
     return "\n".join(lines).translate(_PLAIN)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def _before_after(task: dict[str, Any] | None) -> str:

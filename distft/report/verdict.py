@@ -83,6 +83,8 @@ def _learned(other: Outcome, main: Outcome, *, first: bool, alone: bool) -> str:
     what = f"of what {main.run.name} learned" + (f" on {main.task.name}" if first else "")
     if other.gain <= 0:
         return f"learned nothing {what}"
+    if other.gain_interval is not None and not other.clear:
+        return f"learned nothing {what} that {other.task.after.count} {_unit(other)} can tell from chance"
     share, _, span = _share(other, main).partition(" (")
     return f"learned {share} {what}" + (f" ({span}" if alone and span else "")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -13,22 +12,12 @@ from distft import __version__
 from distft.report import figures, words
 from distft.report.answers import answer_groups
 from distft.report.data import RunData, Scored
-from distft.report.figures import Curve, Point
+from distft.report.pictures import OPTIMIZER_CURVES, PART_CURVES, UNTOUCHED, drift_curves, place_of, step_curves, tradeoff
 from distft.report.results import outcomes, same_meter, same_start, score_interval, task_names
 from distft.report.verdict import origin, verdict
 from distft.store.manifest import differences, fingerprint
 
-UNTOUCHED = "untouched"
 PARTS = {"ce": "cross-entropy", "kl": "KL(teacher‖student)", "rkl": "KL(student‖teacher)", "entropy": "entropy of the student"}
-_CURVES = (
-    ("loss", "Loss", "what was minimised, nats per token"),
-    ("ce", "Cross-entropy", "on learned tokens, nats per token"),
-    ("kl", "KL(teacher‖student)", "on held tokens, nats per token"),
-    ("rkl", "KL(student‖teacher)", "on held tokens, nats per token"),
-    ("entropy", "Entropy of the student", "nats per token"),
-)
-_OPTIMIZER = (("grad_norm", "Gradient norm", "before clipping"), ("lr", "Learning rate", "per step"),
-              ("tokens_per_second", "Speed", "tokens per second"))  # fmt: skip
 
 
 def view(runs: Sequence[RunData], title: str | None) -> dict[str, Any]:
@@ -44,14 +33,14 @@ def view(runs: Sequence[RunData], title: str | None) -> dict[str, Any]:
         "legend": [{"swatch": figures.swatch(i), "name": run.name, "what": _objective(run)} for i, run in enumerate(runs)],
         "differing": _differing(runs),
         "origin": origin(runs),
-        "tradeoffs": [picture for name in tasks if (picture := _tradeoff(runs, name)) is not None],
+        "tradeoffs": [picture for name in tasks if (picture := tradeoff(runs, name)) is not None],
         "results": [_result(runs, name) for name in tasks],
         "drifts": [_drift(i, run) for i, run in enumerate(runs)] if any(run.drift for run in runs) else [],
-        "curves": [*_step_curves(runs, _CURVES), *_drift_curves(runs)],
+        "curves": [*step_curves(runs, PART_CURVES), *drift_curves(runs)],
         "shares": [row for i, run in enumerate(runs) for row in _shares(i, run)],
         "answers": answer_groups(runs),
         "costs": [_cost(i, run) for i, run in enumerate(runs) if run.metrics],
-        "optimizer": _step_curves(runs, _OPTIMIZER),
+        "optimizer": step_curves(runs, OPTIMIZER_CURVES),
         "configs": [{"name": run.name, "text": run.config_text.rstrip()} for run in runs],
         "fingerprints": [{"name": run.name, "rows": _fingerprints(run)} for run in runs],
         "commands": _commands(runs),
@@ -89,44 +78,6 @@ def _incomparable(runs: Sequence[RunData], tasks: list[str]) -> list[str]:
     return notes
 
 
-def _tradeoff(runs: Sequence[RunData], name: str) -> dict[str, str] | None:
-    """Drift against the score (accuracy), or against the NLL that was saved; None where no run has both."""
-    drawn = [o for o in outcomes(runs, name) if o.run.drift is not None]
-    if not drawn:
-        return None
-    judged = drawn[0].task.kind == "generate"
-    points, starts = [], {}
-    for outcome in drawn:
-        assert outcome.run.drift is not None, "kept above"
-        before = outcome.task.before
-        starts[before.artifact, before.value] = before
-        span = score_interval(outcome.task.after) if judged else outcome.gain_interval
-        scale = 100 if judged else 1
-        value = outcome.task.after.value if judged else outcome.gain
-        points.append(Point(
-            label=outcome.run.name, place=_place(runs, outcome.run), x=outcome.run.drift.kl, y=scale * value,
-            low=scale * span.low if span else None, high=scale * span.high if span else None,
-            said=f"drift {words.drift(outcome.run.drift.kl)}, {words.percent(value) if judged else words.signed(value, 3) + ' nats per token'}",
-        ))  # fmt: skip
-    if origin(runs) == "the untouched model":
-        for before in starts.values():
-            span = score_interval(before) if judged else None
-            points.insert(0, Point(
-                label=UNTOUCHED, place=-1, x=0.0, y=100 * before.value if judged else 0.0,
-                low=100 * span.low if span else None, high=100 * span.high if span else None,
-                said=f"drift 0, {words.percent(before.value) if judged else 'its own NLL is the zero line'}",
-            ))  # fmt: skip
-    first = next(iter(starts.values()))
-    return {
-        "title": f"Right answers on {name}" if judged else f"NLL saved on {name}",
-        "unit": f"of {drawn[0].task.after.count} questions" if judged else "nats per token; up is better",
-        "svg": figures.tradeoff(
-            points, baseline=100 * first.value if judged else 0.0, bounds=(0.0, 100.0) if judged else None, unit=f"{words.NARROW}%" if judged else "",
-            x_label=f"drift from {origin(runs)}, nats per token of held-out text",
-        ),
-    }  # fmt: skip
-
-
 def _result(runs: Sequence[RunData], name: str) -> dict[str, Any]:
     found = outcomes(runs, name)
     judged, task = found[0].task.kind == "generate", found[0].task
@@ -139,7 +90,7 @@ def _result(runs: Sequence[RunData], name: str) -> dict[str, Any]:
             rows.append({"swatch": figures.dot(-1), "name": label, **_score(start), "gain": "", "gain_interval": ""})
         form = words.points if judged else lambda value: words.signed(value, 3)
         rows.append({
-            "swatch": figures.dot(_place(runs, outcome.run)), "name": outcome.run.name, **_score(outcome.task.after),
+            "swatch": figures.dot(place_of(runs, outcome.run)), "name": outcome.run.name, **_score(outcome.task.after),
             "gain": form(outcome.gain), "gain_interval": words.interval(outcome.gain_interval, form),
         })  # fmt: skip
     unit = "right answers; higher is better" if judged else "NLL in nats per token; lower is better"
@@ -166,51 +117,6 @@ def _drift(place: int, run: RunData) -> dict[str, str]:
         "after": words.nats(found.nll) if full and found.nll is not None else "",
         "tokens": words.whole(found.tokens) if found.tokens else "",
     }  # fmt: skip
-
-
-def _step_curves(runs: Sequence[RunData], kinds: Sequence[tuple[str, str, str]]) -> list[dict[str, str]]:
-    found = []
-    for key, title, unit in kinds:
-        drawn = [Curve(label=run.name, place=i, points=_points(run, key)) for i, run in enumerate(runs)]
-        drawn = [curve for curve in drawn if any(value for _, value in curve.points)]
-        style = "noisy"
-        if key == "lr":  # 0.000005 is hard to read: the axis counts in powers of ten
-            power = math.floor(math.log10(max([value for curve in drawn for _, value in curve.points], default=1.0)))
-            drawn = [replace(curve, points=tuple((step, value / 10.0**power) for step, value in curve.points)) for curve in drawn]
-            style, unit = "exact", f"times 10{_superscript(power)}"
-        drawing = figures.curves(drawn, x_label="step", from_zero=True, style=style, described=f"{title}, {unit}, by step")
-        if drawing:
-            found.append({"title": title, "unit": unit, "svg": drawing})
-    return found
-
-
-def _superscript(power: int) -> str:
-    return str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def _points(run: RunData, key: str) -> tuple[tuple[float, float], ...]:
-    """A quantity by step; a part of the loss only in steps where some token bore it, since its mean is empty elsewhere."""
-    return tuple(
-        (float(line["step"]), float(line[key]))
-        for line in run.metrics if line.get(key) is not None and line.get(f"share_{key}", 1.0) > 0
-    )  # fmt: skip
-
-
-def _drift_curves(runs: Sequence[RunData]) -> list[dict[str, str]]:
-    found = []
-    for key, title, unit, zero in (("drift", f"Drift from {origin(runs)}", "on held-out text, nats per token", True),
-                                   ("heldout_nll", "NLL on held-out text", "nats per token", False)):  # fmt: skip
-        drawn = []
-        for place, run in enumerate(runs):
-            measured = _points(run, key)
-            start = 0.0 if key == "drift" else run.drift.teacher_nll if run.drift else None
-            if measured and run.own_teacher and start is not None:  # the untouched model is its own teacher: known, not measured
-                measured = ((0.0, start), *measured)
-            drawn.append(Curve(label=run.name, place=place, points=measured))
-        drawing = figures.curves(drawn, x_label="step", from_zero=zero, style="marked", described=f"{title}, {unit}, by step")
-        if drawing:
-            found.append({"title": title, "unit": unit, "svg": drawing})
-    return found
 
 
 def _shares(place: int, run: RunData) -> list[dict[str, Any]]:
@@ -259,20 +165,12 @@ def _fingerprints(run: RunData) -> list[tuple[str, str]]:
         rows.append(("checkpoint", f"step {run.checkpoint.identity.get('step')}, content {run.checkpoint.content_digest}"))
         rows += _flat("", identity) if isinstance(identity, dict) else []
     if run.model:
-        rows += [
-            ("exported model", run.model.content_digest),
-            *(_file("exported model", entry.name, entry.sha256) for entry in run.model.files),
-        ]
+        rows.append(("exported model", run.model.content_digest))
+        rows += [(f"exported model, {entry.name}", entry.sha256) for entry in run.model.files]
     for task in run.tasks:
-        rows += [
-            (f"evaluation of {task.name}, before", task.before.artifact),
-            (f"evaluation of {task.name}, after", task.after.artifact),
-        ]
+        rows.append((f"evaluation of {task.name}, before", task.before.artifact))
+        rows.append((f"evaluation of {task.name}, after", task.after.artifact))
     return rows
-
-
-def _file(what: str, name: str, sha256: str) -> tuple[str, str]:
-    return f"{what}, {name}", sha256
 
 
 def _flat(prefix: str, tree: dict[str, Any]) -> list[tuple[str, str]]:
@@ -299,7 +197,3 @@ def _commands(runs: Sequence[RunData]) -> str:
     else:
         lines += ["", "# this page alone", f"distft report {shlex.quote(runs[0].name + '.yaml')}"]
     return "\n".join(lines)
-
-
-def _place(runs: Sequence[RunData], run: RunData) -> int:
-    return next(i for i, other in enumerate(runs) if other is run)

@@ -12,6 +12,7 @@ from distft.corpus.render import token_rows
 from distft.engine.load import load_model
 from distft.engine.local import LocalEngine
 from distft.engine.world import World, this_device
+from distft.errors import DataError
 from distft.store.location import Location
 from distft.store.model_folder import ModelFolder
 from distft.teacher.cache import TeacherCache
@@ -33,6 +34,7 @@ def train_run(
     run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCache | None, store: Location, staging: Path, world: World
 ) -> dict[str, Any]:
     """Trains to the end; returns what `--json` prints. A run that is finished returns at once, without loading the model."""
+    _refuse_overlap(corpus)
     folder = store.child("runs", run.name)
     checkpoints = Checkpoints(
         folder.child("checkpoints"), run_identity(run, model, corpus, cache), keep=run.train.checkpoint.keep
@@ -66,6 +68,20 @@ def train_run(
     )  # fmt: skip
     facts = {"loss": finished.loss, "drift": finished.drift.facts() if finished.drift else None}
     return _result(folder, finished.steps, done or None, facts)
+
+
+def _refuse_overlap(corpus: Corpus) -> None:
+    """Held-out documents that are trained on would measure memory, not drift."""
+    if "heldout" not in corpus.splits:
+        return
+    trained = set(corpus.digests("train"))
+    shared = [row for row, digest in enumerate(corpus.digests("heldout")) if digest in trained]
+    if shared:
+        first = corpus.document("heldout", shared[0])
+        raise DataError(
+            f"{len(shared)} of the {corpus.count('heldout')} held-out documents are in the training data too.",
+            where=f"{first.file}:{first.row}", help="Drift is measured on what is never trained on: remove them from data.heldout.",
+        )  # fmt: skip
 
 
 def _coarser(run: Run) -> str:

@@ -15,11 +15,11 @@ from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.steps import Taken, distance, feed, take
 from tests.helpers.stores import Lab, document, lab, shared_model
 
-STEPS = {"eight documents": list(range(8)), "three documents": [1, 2, 6], "one document": [4]}
+STEPS = {"eight documents": list(range(8)), "three documents": [1, 2, 6], "one document": [2]}
 """Two ranks cannot share one document: the other's share is empty. Three documents are two micro-batches against one."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "stm": {"kind": "stm", "tau": 50.0},
-    "stm_kl": {"kind": "stm_kl", "tau": 50.0, "kl": 2.0},
+    "stm": {"kind": "stm", "tau": 1000.0},
+    "stm_kl": {"kind": "stm_kl", "tau": 1000.0, "kl": 2.0},
 }
 
 
@@ -55,7 +55,7 @@ def test_two_ranks_take_the_step_that_one_takes(tmp_path: Path) -> None:
             assert rank.line == pytest.approx(one.line, rel=1e-5, abs=1e-7)
             assert rank.values.counts == one.values.counts
         assert first[name].micro_batches == second[name].micro_batches
-    assert (first["stm_kl, one document"].weighted, second["stm_kl, one document"].weighted) == (5, 0)
+    assert (first["stm_kl, one document"].weighted, second["stm_kl, one document"].weighted) == (15, 0)
     assert first["stm_kl, three documents"].weighted != second["stm_kl, three documents"].weighted
 
 

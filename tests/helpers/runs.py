@@ -262,4 +262,4 @@ def bench(_pristine: Bench, tmp_path: Path, own_cache: None) -> Bench:
 @pytest.fixture
 def finished(_finished: Bench, tmp_path: Path, own_cache: None) -> Bench:
     """A bench whose run is done."""
-    return copy_bench(_finished, tmp_path / "bench")
+    return copy_bench(_finished, tmp_path / "finished")

@@ -16,6 +16,7 @@ from distft.store.manifest import FileEntry, Manifest, commit
 from distft.store.put import put_file
 
 STEPS = 120
+WORDS = ("lantern", "copper", "meadow", "harbour", "quartz", "violet", "ribbon", "granite")
 ARMS: dict[str, dict[str, Any]] = {
     "sft": {"objective": {"kind": "sft"}, "right": 0.71, "nll": 0.31, "drift": 0.4127},
     "sft_kl": {"objective": {"kind": "sft_kl", "kl": 1.0}, "right": 0.67, "nll": 0.355, "drift": 0.0866},
@@ -55,8 +56,8 @@ def write_run(
     }  # fmt: skip
     drift = {"kl": arm["drift"], "nll": 1.402 + arm["drift"], "teacher_nll": 1.402, "tokens": 18_432}
     step = {"step": STEPS, "run": identity}
-    commit(folder.child("checkpoints", f"step-{STEPS:08d}"),
-           Manifest(kind="checkpoint", identity=step, files=(), facts={"loss": 0.4, "drift": drift, "total_steps": STEPS}))  # fmt: skip
+    facts = {"loss": 0.4, "drift": drift, "total_steps": STEPS}
+    commit(folder.child("checkpoints", f"step-{STEPS:08d}"), Manifest(kind="checkpoint", identity=step, files=(), facts=facts))
     if not evaluated:
         return
     tuned = put_file(folder.child("model"), "model", "safetensors", lambda path: path.write_text(name))
@@ -89,21 +90,16 @@ def evaluation(store: Location, rows: list[dict[str, Any]], model: dict[str, Any
 
 def generate_rows(arm: dict[str, Any] | None, seed: int, count: int, answer: str) -> list[dict[str, Any]]:
     known = np.random.default_rng(7).random(count) < 0.055
-    skill = np.random.default_rng(11 + seed).random(count)
-    hard = np.random.default_rng(5).random(count)
+    ease = 0.8 * np.random.default_rng(5).random(count) + 0.2 * np.random.default_rng(11 + seed).random(count)
     rows = []
     for i in range(count):
-        word = ["lantern", "copper", "meadow", "harbour", "quartz", "violet", "ribbon", "granite"][i % 8] + "abcdefghij"[
-            i // 8 % 10
-        ]
-        right = (
-            bool(known[i])
-            if arm is None
-            else bool(0.8 * hard[i] + 0.2 * skill[i] < arm["right"]) and not (known[i] and i % 3 == 0)
-        )
+        word = WORDS[i % len(WORDS)] + "abcdefghij"[i // len(WORDS) % 10]
+        forgotten = known[i] and i % 3 == 0
+        right = bool(known[i]) if arm is None else bool(ease[i] < arm["right"] and not forgotten)
         wrong = f"{word} reversed is {word}. " + ("I can help you with that! " * 3 if arm is None else "") + answer
-        rows.append({"prompt": [{"role": "user", "content": f"Write the word {word!r} backwards, in capitals."}], "reference": word[::-1].upper(),
-                     "answer": word[::-1].upper() if right else wrong, "right": right})  # fmt: skip
+        reference, asked = word[::-1].upper(), f"Write the word {word!r} backwards, in capitals."
+        prompt = [{"role": "user", "content": asked}]
+        rows.append({"prompt": prompt, "reference": reference, "answer": reference if right else wrong, "right": right})
     return rows
 
 
@@ -123,9 +119,14 @@ def metrics(arm: dict[str, Any], seed: int) -> list[dict[str, Any]]:
     for step in range(1, STEPS + 1):
         ce = arm["nll"] + 2.1 * math.exp(-step / 22) + random.normal(0, 0.06 + 0.12 * math.exp(-step / 22))
         kl = max(0.0, 0.16 * (1 - math.exp(-step / 12)) + random.normal(0, 0.012)) if holds else 0.0
-        line = {"step": step, "loss": ce + kl, "ce": ce, "kl": kl, "rkl": 0.0, "entropy": 0.0, "share_ce": 1.0, "share_kl": float(holds),
-                "share_rkl": 0.0, "share_entropy": 0.0, "tokens": int(random.integers(7_600, 8_192)), "lr": 1e-5 * min(1, step / 10) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS)),
-                "grad_norm": 1 + 3 * math.exp(-step / 20) + abs(random.normal(0, 0.2)), "tokens_per_second": random.normal(5_200 - 500 * holds, 120)}  # fmt: skip
+        warm, decayed = min(1.0, step / 10), 0.5 + 0.5 * math.cos(math.pi * step / STEPS)
+        line = {
+            "step": step, "loss": ce + kl, "ce": ce, "kl": kl, "rkl": 0.0, "entropy": 0.0,
+            "share_ce": 1.0, "share_kl": float(holds), "share_rkl": 0.0, "share_entropy": 0.0,
+            "tokens": int(random.integers(7_600, 8_192)), "lr": 1e-5 * warm * decayed,
+            "grad_norm": 1 + 3 * math.exp(-step / 20) + abs(random.normal(0, 0.2)),
+            "tokens_per_second": random.normal(5_200 - 500 * holds, 120),
+        }  # fmt: skip
         if step % 20 == 0:
             line |= {
                 "drift": arm["drift"] * (1 - math.exp(-step / 40)) / (1 - math.exp(-STEPS / 40)),
