@@ -12,7 +12,8 @@ def check_run(run: Run, *, where: str) -> None:
     """Raises a ConfigError that lists every pair of settings that cannot go together."""
     problems = [*_objective(run), *_model(run), *_data(run), *_tasks(run)]
     if problems:
-        raise ConfigError("\n".join(["Settings that do not go together:", *(f"  {p}" for p in problems)]), where=where)
+        raise ConfigError("\n".join(["Settings that do not go together:", *(f"  {p}" for p in problems)]), where=where,
+                          help="Change one side of each, in the file or by overrides.")  # fmt: skip
 
 
 def _objective(run: Run) -> list[str]:

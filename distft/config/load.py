@@ -15,6 +15,9 @@ from pydantic import BaseModel, ValidationError
 from distft.config.schema import Run
 from distft.errors import ConfigError
 
+_EXAMPLES = "configs/ holds complete, commented examples."
+_OVERRIDE = "Write section.key=value, as in train.lr=2e-5 or evaluate.tasks[0].limit=100."
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
     """The run in a file with overrides `section.key=value` laid over it, left to right."""
@@ -70,53 +73,55 @@ def _parse(text: str) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    def refused(problem: str, *, place: str = "", help: str = _EXAMPLES) -> ConfigError:
+        return ConfigError(problem, where=f"{path}{place}", help=help)
+
     try:
         document = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError("There is no such run file.", where=str(path), help="configs/ holds complete examples.") from error
+        raise refused("There is no such run file.") from error
     except IsADirectoryError as error:
-        raise ConfigError("This is a folder; a run file is wanted.", where=str(path)) from error
+        raise refused("This is a folder; a run file is wanted.") from error
     except OSError as error:
-        raise ConfigError(f"The run file cannot be read: {error.strerror}.", where=str(path)) from error
+        raise refused(f"The run file cannot be read: {error.strerror}.", help="Check its permissions.") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"The run file is not UTF-8: {error.reason} at byte {error.start}.", where=str(path)) from error
+        raise refused(f"The run file is not UTF-8: {error.reason} at byte {error.start}.", help="Save it as UTF-8.") from error
     except RecursionError as error:
-        raise ConfigError("The run file is nested too deeply.", where=str(path)) from error
+        raise refused("The run file is nested too deeply.") from error
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(
-            f"The run file is not valid YAML: {getattr(error, 'problem', error)}.", where=f"{path}{place}"
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        raise refused(
+            f"The run file is not valid YAML: {problem}.", place=f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         ) from error
     if not isinstance(document, dict):
-        raise ConfigError(f"A run file is a mapping of sections; this is {_shape(document)}.", where=str(path))
+        raise refused(f"A run file is a mapping of sections; this is {_shape(document)}.")
     return document
 
 
 def _lay_over(document: dict[str, Any], override: str) -> None:
+    """Values are not repeated in errors: what stands in the wrong place may be a secret."""
     dotted, equals, text = override.partition("=")
     parts = _parts(dotted)
     if not equals or not parts:
-        raise ConfigError(f"{override!r} is not an override.", help="Write section.key=value, as in train.lr=2e-5.")
+        raise ConfigError(f"{dotted!r} is not an override.", where="command line", help=_OVERRIDE)
     try:
         value = _parse(text)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(
-            f"The value of {override!r} is not valid YAML.", help="Quote it for the shell: 'a.b=[1, 2]'."
-        ) from error
+        raise ConfigError("The override's value is not valid YAML.", where=dotted,
+                          help="Quote it for the shell: 'a.b=[1, 2]'.") from error  # fmt: skip
     section: Any = document
     for part, after in pairwise(parts):
         if isinstance(part, str):
             section.setdefault(part, {})
         section = section[part]
         if isinstance(after, str) and not isinstance(section, dict):
-            raise ConfigError(f"{override!r} reaches into {part!r}, which is not a section.", where=dotted)
+            raise ConfigError(f"The override reaches into {part!r}, which is not a section.", where=dotted, help=_OVERRIDE)
         if isinstance(after, int) and not 0 <= after < _length(section):
-            raise ConfigError(f"{override!r}: {part!r} has no item {after}.", where=dotted, help="Items are counted from 0.")
+            raise ConfigError(f"{part!r} has {_length(section)} items, counted from 0.", where=dotted, help=_OVERRIDE)
     last = parts[-1]
     old = section.get(last) if isinstance(last, str) else section[last]
     if isinstance(old, dict) and isinstance(value, dict):
-        raise ConfigError(f"{override!r} would replace a whole section.", where=dotted, help="Override its keys one by one.")
+        raise ConfigError("The override would replace a whole section.", where=dotted, help="Override its keys one by one.")
     # Another kind brings other keys: those of the old kind would only be complained about.
     if last == "kind" and old not in (None, value):
         section.clear()

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from distft.store.model_folder import ModelFolder
 
 
+_MEND = "Correct or remove the row, or change the source's `format`."
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
     """A document. `altered` and `unended` are a chat's (template.py)."""
@@ -202,13 +205,13 @@ def _template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate | None:
 def _messages(value: Any, what: str, row: Row) -> list[Message]:
     """Messages as templates expect them: role and content are strings; keys without a value, which Arrow adds, are left out."""
     if not isinstance(value, list):
-        raise DataError(f"{what} must be a list of messages, not {_kind(value)}", where=row.place)
+        raise DataError(f"{what} must be a list of messages, not {_kind(value)}", where=row.place, help=_MEND)
     if not value:
         raise DataError(f"{what} is an empty list", where=row.place, help="Give at least one message, or remove the row.")
     messages: list[Message] = []
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict):
-            raise DataError(f"message {number} of {what} must be an object, not {_kind(message)}", where=row.place)
+            raise DataError(f"message {number} of {what} must be an object, not {_kind(message)}", where=row.place, help=_MEND)
         kept = {key: inner for key, inner in message.items() if inner is not None}
         # An assistant that calls a tool may say nothing beside it; templates with markers can write that.
         silent = kept.get("role") == "assistant" and any(kept.get(key) for key in BESIDE_CONTENT) and "content" not in kept
@@ -224,7 +227,7 @@ def _messages(value: Any, what: str, row: Row) -> list[Message]:
 
 def _string(value: Any, what: str, row: Row) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{what} must be a string, not {_kind(value)}", where=row.place)
+        raise DataError(f"{what} must be a string, not {_kind(value)}", where=row.place, help=_MEND)
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -22,6 +22,7 @@ BATCH_ROWS = 256
 BLOCK_BYTES = 1 << 20
 
 _DECODER = json.JSONDecoder()
+_MEND = "Correct or remove the row."
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +207,7 @@ def _json(text: str, path: Path, number: int) -> Any:
 
 def _checked(row: Row, wanted: tuple[str, ...]) -> Row:
     if not isinstance(row.value, dict):
-        raise DataError(f"a row must be a JSON object, not {type(row.value).__name__}", where=row.place)
+        raise DataError(f"a row must be a JSON object, not {type(row.value).__name__}", where=row.place, help=_MEND)
     require(wanted, list(row.value), row.place)
     return row
 
@@ -233,7 +234,7 @@ def _not_utf8(error: UnicodeDecodeError, path: Path, number: int) -> NoReturn:
 
 
 def _bad_json(problem: str, path: Path, number: int) -> DataError:
-    return DataError(f"not JSON: {problem}", where=f"{path}, row {number}", help="Correct or remove the row.")
+    return DataError(f"not JSON: {problem}", where=f"{path}, row {number}", help=_MEND)
 
 
 READERS: dict[str, Callable[[Path, tuple[str, ...]], Iterator[Row]]] = {

@@ -40,6 +40,7 @@ class LanguageModel:
 
 def load_model(folder: ModelFolder, *, dtype: str, attention: str, head_rows: int, device: torch.device) -> LanguageModel:
     """Reads safetensors only; runs no code from the folder."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -50,8 +51,11 @@ def load_model(folder: ModelFolder, *, dtype: str, attention: str, head_rows: in
             folder.path, dtype=DTYPES[dtype], attn_implementation=attention, local_files_only=True, trust_remote_code=False,
             use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
-    except (ValueError, OSError, ImportError) as error:
-        raise ModelError(f"transformers cannot load the model: {error}", where=str(folder.path)) from error
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        raise ModelError(
+            f"The model cannot be loaded: {error}", where=str(folder.path),
+            help="Copy or download the folder again, and see that this transformers knows the architecture.",
+        ) from error  # fmt: skip
     whole, report = whole
     absent = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if absent:
@@ -77,6 +81,12 @@ def take_apart(whole: Any, *, head_rows: int, where: str) -> LanguageModel:
     with torch.no_grad():
         own = whole(input_ids=tokens, use_cache=False).logits[0, :, :head_rows].float()
         ours = model.shape.logits(model.hidden(packed), head.weight, head.bias)
+    if not bool(own.isfinite().all()):
+        bad = [name for name, parameter in whole.named_parameters() if not bool(parameter.isfinite().all())]
+        raise ModelError(
+            f"The model's logits are not finite. Weights that are not: {', '.join(bad[:5]) or 'none'}.", where=where,
+            help="Take a sound checkpoint, or another dtype if all weights are finite.",
+        )  # fmt: skip
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.25
     difference = float((own - ours).abs().max())
     if not difference <= tolerance * max(1.0, float(own.abs().max())):

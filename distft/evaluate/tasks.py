@@ -10,6 +10,7 @@ from typing import Any
 from distft.config.schema import GenerateTask
 from distft.errors import DataError
 
+_MEND = 'A line is {"prompt": text or messages, "answer": text or number}. Correct or remove it.'
 _SAID = {"role", "content"}
 
 
@@ -27,7 +28,11 @@ def read_items(task: GenerateTask) -> list[Item]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise DataError(f"The task {task.name} cannot be read: {error.strerror}.", where=str(path)) from error
+        raise DataError(
+            f"The task {task.name} cannot be read: {error.strerror}.",
+            where=str(path),
+            help="Check the task's `path`; it is relative to this folder.",
+        ) from error
     items = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -35,7 +40,7 @@ def read_items(task: GenerateTask) -> list[Item]:
         if task.limit is not None and len(items) == task.limit:
             break
     if not items:
-        raise DataError(f"The task {task.name} has no items.", where=str(path))
+        raise DataError(f"The task {task.name} has no items.", where=str(path), help="Give a file with a line per question.")
     return items
 
 
@@ -43,15 +48,15 @@ def _item(line: bytes, *, where: str) -> Item:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"Not a JSON object in UTF-8: {error}.", where=where) from error
+        raise DataError(f"Not a JSON object in UTF-8: {error}.", where=where, help=_MEND) from error
     if not isinstance(row, dict) or "prompt" not in row or "answer" not in row:
         keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise DataError(f"A task's line needs `prompt` and `answer`; this has {keys}.", where=where)
+        raise DataError(f"A task's line needs `prompt` and `answer`; this has {keys}.", where=where, help=_MEND)
     prompt = row["prompt"]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) and m.keys() >= _SAID for m in prompt):
-        raise DataError("`prompt` is neither a string nor a list of {role, content}.", where=where)
+        raise DataError("`prompt` is neither a string nor a list of {role, content}.", where=where, help=_MEND)
     if not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool):
-        raise DataError(f"`answer` is a {type(row['answer']).__name__}; a string or a number is wanted.", where=where)
+        raise DataError(f"`answer` is a {type(row['answer']).__name__}; a string or a number is wanted.", where=where, help=_MEND)
     return Item(messages=prompt, answer=str(row["answer"]))

@@ -100,7 +100,8 @@ def _run(run: Run, store: Location, identity: dict[str, Any]) -> list[Status]:
     folder = store.child("runs", run.name)
     newest = _newest_checkpoint(folder.child("checkpoints"))
     model = read_manifest(folder.child("model"))
-    return [_checkpoints(newest, identity), _model(run, newest, model), _evaluation(run, folder, model), _report(folder)]
+    exported = _model(run, newest, model, identity)
+    return [_checkpoints(newest, identity), exported, _evaluation(run, folder, model, exported), _report(folder)]
 
 
 def _newest_checkpoint(folder: Location) -> Manifest | None:
@@ -123,23 +124,23 @@ def _checkpoints(newest: Manifest | None, identity: dict[str, Any]) -> Status:
     )
 
 
-def _model(run: Run, newest: Manifest | None, model: Manifest | None) -> Status:
+def _model(run: Run, newest: Manifest | None, model: Manifest | None, identity: dict[str, Any]) -> Status:
     if model is None:
         return Status(artifact="model", state="missing", note="", verb="export")
-    wanted = model_identity(run, newest.identity) if newest else {}
-    changed = differences(model.identity, wanted)
+    step = newest.identity["step"] if newest else None
+    changed = differences(model.identity, model_identity(run, {"step": step, "run": identity}))
     return Status(artifact="model", state="stale" if changed else "have", note=describe(changed), verb="export")
 
 
-def _evaluation(run: Run, folder: Location, model: Manifest | None) -> Status:
+def _evaluation(run: Run, folder: Location, model: Manifest | None, exported: Status) -> Status:
     def status(state: State, note: str = "") -> Status:
         return Status(artifact="eval", state=state, note=note, verb="evaluate")
 
     if not folder.child("eval").exists("summary.json"):
         return status("missing")
     summary = json.loads(folder.child("eval").read("summary.json"))
-    if model is None or summary.get("model") != model.content_digest:
-        return status("stale", "measured on another model than the exported one")
+    if model is None or exported.state != "have" or summary.get("model") != model.content_digest:
+        return status("stale", "measured on another model than this config's")
     absent = [task.name for task in run.evaluate.tasks if task.name not in summary["scores"]]
     return status("partial", f"not measured: {', '.join(absent)}") if absent else status("have")
 

@@ -25,9 +25,9 @@ def answer_groups(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     blocks = []
     for name in task_names(runs):
         found = [o for o in outcomes(runs, name) if o.task.kind == "generate" and o.item_gains is not None]
-        starts = dict.fromkeys((o.task.before.artifact, o.task.before.questions) for o in found)
+        starts = dict.fromkeys(o.task.before.artifact for o in found)
         for start in starts:
-            blocks.append(_block(runs, [o for o in found if (o.task.before.artifact, o.task.before.questions) == start]))
+            blocks.append(_block(runs, [o for o in found if o.task.before.artifact == start]))
     return blocks
 
 

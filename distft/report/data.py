@@ -35,8 +35,8 @@ class Scored:
     """Items, or documents."""
     artifact: str
     """The evaluation's id in the store; equal ids are the same model on the same items."""
-    questions: str
-    """Names the items and the way of asking: two scores can be compared when it is equal."""
+    questions: str | None
+    """Names the items and the way of asking: two scores can be compared when it is equal. None where the artifact is gone."""
     weights: frozenset[str]
     """sha256 of the weight files that were evaluated; empty where the artifact is gone."""
     rows: tuple[dict[str, Any], ...] | None
@@ -140,8 +140,10 @@ def read_metrics(folder: Location) -> list[dict[str, Any]]:
     text = folder.read("metrics.jsonl").decode(errors="replace")
     whole = text[: text.rfind("\n") + 1]
     lines = _parsed(folder, "metrics.jsonl", lambda: {"lines": [json.loads(line) for line in whole.splitlines()]})["lines"]
-    if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in lines):
-        raise _unreadable(folder, "metrics.jsonl", TypeError("a line is no object with a step"))
+    if not all(
+        isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("tokens"), int) for line in lines
+    ):
+        raise _unreadable(folder, "metrics.jsonl", TypeError("a line is no object with step and tokens"))
     return lines
 
 
@@ -156,7 +158,8 @@ def _newest_checkpoint(folder: Location) -> Manifest | None:
 
 def _task(store: Location, folder: Location, name: str, both: dict[str, Any], *, held: bool) -> TaskResult:
     before, after = (_scored(store, folder, name, both[label]) for label in ("before", "after"))
-    if before.kind != after.kind or before.questions != after.questions:
+    asked = {scored.questions for scored in (before, after)} - {None}
+    if before.kind != after.kind or len(asked) > 1:
         raise CorruptArtifactError(f"Task {name}: before and after were not asked the same.", where=f"{folder.url}/eval/summary.json",
                                    help="Run `distft evaluate` with this run's config again.")  # fmt: skip
     return TaskResult(name=name, kind=before.kind, held=held, before=before, after=after)
@@ -174,7 +177,7 @@ def _scored(store: Location, folder: Location, task: str, claimed: dict[str, Any
     found = _EVALUATION.search(str(claimed.get("items", "")))
     manifest = read_manifest(store.child("eval", found[1])) if found else None
     if found is None or manifest is None:
-        return Scored(kind=kind, value=value, count=count, artifact=found[1] if found else "", questions=f"{task}?{count}",
+        return Scored(kind=kind, value=value, count=count, artifact=found[1] if found else "", questions=None,
                       weights=frozenset(), rows=None)  # fmt: skip
     where = store.child("eval", found[1])
     facts = {key: claimed.get(key) for key in manifest.facts}

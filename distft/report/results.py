@@ -77,7 +77,7 @@ def target(runs: Sequence[RunData]) -> str | None:
 
 def same_start(found: Sequence[Outcome]) -> bool:
     """Whether the same untouched model was asked the same: only then can gains be set against each other."""
-    return len({(o.task.before.artifact, o.task.before.questions, o.task.before.value) for o in found}) <= 1
+    return len({(o.task.before.artifact, o.task.before.value) for o in found}) <= 1
 
 
 def same_meter(runs: Sequence[RunData]) -> bool:

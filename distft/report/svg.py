@@ -83,7 +83,7 @@ def mark(place: int, x: float, y: float, size: float = 5.0) -> str:
     """The run's marker: shape as well as colour, for those who cannot tell the colours apart."""
     if place < 0:
         return tag("circle", cx=x, cy=y, r=size, class_="mark hollow")
-    shape = MARKS[(place // 2 if place >= COLOURS else place) % len(MARKS)]
+    shape = MARKS[_style(place) % len(MARKS)]
     if shape == "circle":
         return tag("circle", cx=x, cy=y, r=size, class_="mark")
     corners = {
@@ -94,8 +94,13 @@ def mark(place: int, x: float, y: float, size: float = 5.0) -> str:
     return tag("path", d=_path([(x + size * dx, y + size * dy) for dx, dy in corners], closed=True), class_="mark")
 
 
+def _style(place: int) -> int:
+    """Moves on by one with each round of the colours, so that the first 32 runs all look different."""
+    return place + place // COLOURS
+
+
 def line(points: Sequence[tuple[float, float]], place: int, class_: str) -> str:
-    return tag("path", d=_path(points), class_=class_, stroke_dasharray=DASHES[place % len(DASHES)] or "none")
+    return tag("path", d=_path(points), class_=class_, stroke_dasharray=DASHES[_style(place) % len(DASHES)] or "none")
 
 
 def _path(points: Sequence[tuple[float, float]], *, closed: bool = False) -> str:

@@ -58,7 +58,7 @@ def _comparison(main: Outcome, others: list[Outcome]) -> str:
     learnt = _has_learned(main)
     for place, other in enumerate(others[:MOST_CLAUSES]):
         parts = [_learned(other, main, first=place == 0, alone=len(others) == 1)] if learnt else []
-        parts += _drifted(other, main)
+        parts += _drifted(other, main, named=not learnt and place == 0)
         clauses.append(f"{other.run.name} {' and '.join(parts)}" if parts else f"{other.run.name}: no drift was measured")
     if len(others) > MOST_CLAUSES:
         clauses.append(f"{len(others) - MOST_CLAUSES} more runs are in the table")
@@ -99,43 +99,43 @@ def _share(other: Outcome, main: Outcome) -> str:
     return f"{share} (95{words.NARROW}% interval {span})"
 
 
-def _drifted(other: Outcome, main: Outcome) -> list[str]:
+def _drifted(other: Outcome, main: Outcome, *, named: bool) -> list[str]:
+    """A ratio where both drifts are more than rounding and were measured alike; else the drift itself."""
     mine, theirs = other.run.drift, main.run.drift
     if mine is None:
         return []
-    if theirs is None or theirs.kl < NEGLIGIBLE_DRIFT or mine.kl < 0 or not same_meter([other.run, main.run]):
-        return [f"drifted {words.drift(mine.kl)} nats per token" + _against(main)]
-    return [f"drifted {words.times(mine.kl / theirs.kl)} times as far"]
-
-
-def _against(main: Outcome) -> str:
-    return f" ({main.run.name}: {words.drift(main.run.drift.kl)}, not measured alike)" if main.run.drift else ""
+    alike = theirs is not None and same_meter([other.run, main.run])
+    if theirs is not None and alike and theirs.kl >= NEGLIGIBLE_DRIFT and mine.kl >= 0:
+        return [f"drifted {words.times(mine.kl / theirs.kl)} times as far" + (f" as {main.run.name}" if named else "")]
+    beside = f" ({main.run.name}: {words.drift(theirs.kl)}{'' if alike else ', not measured alike'})" if theirs else ""
+    return [f"drifted {words.drift(mine.kl)} nats per token{beside}"]
 
 
 def _alone(outcome: Outcome) -> str:
     run, task = outcome.run, outcome.task
     before, after = task.before, task.after
-    if outcome.gain_interval is not None and not outcome.clear:
-        verb, doubt = "took", f", which {after.count} {_unit(outcome)} cannot tell from no change"
-    else:
-        verb, doubt = ("raised" if after.value > before.value else "lowered" if after.value < before.value else "left"), ""
-    if task.kind == "generate":
-        what = (
-            f"{verb} {task.name} from {words.percent(before.value)} to {words.percent(after.value)} right answers "
-            f"({before.right} to {after.right} of {after.count})"
-        )
-    else:
-        what = f"{verb} the NLL of {task.name} from {words.nats(before.value)} to {words.nats(after.value)} nats per token"
-    return f"{run.name} {what}{doubt}{_and_drift(run)}."
+    judged = task.kind == "generate"
+    form, unit = (words.percent, " right answers") if judged else (words.nats, " nats per token")
+    name = task.name if judged else f"the NLL of {task.name}"
+    if before.value == after.value:
+        counts = f" ({before.right} of {before.count} before and after)" if judged else ""
+        return f"{run.name} left {name} at {form(after.value)}{unit}{counts}{_and_drift(run)}."
+    doubtful = outcome.gain_interval is not None and not outcome.clear
+    verb = "took" if doubtful else "raised" if after.value > before.value else "lowered"
+    doubt = f", which {after.count} {_unit(outcome)} cannot tell from no change" if doubtful else ""
+    counts = f" ({before.right} to {after.right} of {after.count})" if judged else ""
+    joint = ", and" if doubtful else " and"
+    return (
+        f"{run.name} {verb} {name} from {form(before.value)} to {form(after.value)}{unit}{counts}{doubt}{_and_drift(run, joint)}."
+    )
 
 
 def _unknown(run: RunData) -> str:
     if not run.metrics:
         return f"{run.name} has not been trained yet."
     steps = f"{words.whole(run.metrics[-1]['step'])} steps"
-    return (
-        f"{run.name} was trained for {steps}; it has no evaluation, so what it learned is not known{_and_drift(run, ', but it')}."
-    )
+    lacking = "has no score on what it was to learn" if run.tasks else "was not evaluated"
+    return f"{run.name} was trained for {steps} and {lacking}, so what it learned is not known{_and_drift(run, '; it')}."
 
 
 def _and_drift(run: RunData, joint: str = " and") -> str:

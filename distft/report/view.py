@@ -131,16 +131,18 @@ def _shares(place: int, run: RunData) -> list[dict[str, Any]]:
         rows.append({
             "swatch": figures.dot(place), "name": run.name, "part": title, "place": place, "mean": words.percent(mean),
             "low": words.percent(min(values)), "high": words.percent(max(values)), "width": f"{100 * min(1.0, mean):.2f}",
-            "value": _mean_of(lines, part),
+            **_start_and_end(lines, part),
         })  # fmt: skip
     return rows
 
 
-def _mean_of(lines: list[dict[str, Any]], part: str) -> str:
-    """First to last tenth of the run, in nats per token that bears the part."""
+def _start_and_end(lines: list[dict[str, Any]], part: str) -> dict[str, str]:
+    """The part's mean in the first and in the last tenth of the run, in nats per token that bears it."""
     values = [float(line[part]) for line in lines if line.get(part) is not None and line[f"share_{part}"] > 0]
     tenth = max(1, len(values) // 10)
-    return f"{words.nats(sum(values[:tenth]) / tenth)} to {words.nats(sum(values[-tenth:]) / tenth)}" if values else ""
+    if not values:
+        return {"start": "", "end": ""}
+    return {"start": words.nats(sum(values[:tenth]) / tenth), "end": words.nats(sum(values[-tenth:]) / tenth)}
 
 
 def _cost(place: int, run: RunData) -> dict[str, str]:

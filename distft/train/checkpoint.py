@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from uuid import uuid4
 from torch import Tensor
 
 from distft.engine.base import Engine
-from distft.errors import CorruptArtifactError, StaleArtifactError
+from distft.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from distft.progress import say
 from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, commit, describe, differences, fetch, read_manifest
@@ -120,5 +121,6 @@ def _remove(where: Location) -> None:
 
 def _set_aside(where: Location) -> None:
     """Keeps the bytes for whoever wants to look, and takes the name that made them a checkpoint."""
-    where.create(f"SET-ASIDE-{uuid4().hex}.json", where.read("MANIFEST.json"))
+    with suppress(MissingArtifactError):  # another rank was first
+        where.create(f"SET-ASIDE-{uuid4().hex}.json", where.read("MANIFEST.json"))
     where.delete("MANIFEST.json")

@@ -12,7 +12,7 @@ from distft.corpus.render import token_rows
 from distft.engine.load import load_model
 from distft.engine.local import LocalEngine
 from distft.engine.world import World, this_device
-from distft.errors import DataError
+from distft.errors import CorruptArtifactError, DataError
 from distft.store.location import Location
 from distft.store.model_folder import ModelFolder
 from distft.teacher.cache import TeacherCache
@@ -40,7 +40,10 @@ def train_run(
         folder.child("checkpoints"), run_identity(run, model, corpus, cache), keep=run.train.checkpoint.keep
     )
     plan = StepPlan(corpus.lengths("train"), run.train)
-    newest = checkpoints.newest()
+    try:
+        newest = checkpoints.newest()
+    except CorruptArtifactError:
+        newest = None  # `restore` names it, and goes on from the one before
     if world.leads:
         folder.replace("config.yaml", dump(run).encode())  # only now: a config that was refused must not stand beside the run
     if newest is not None and newest[1].identity["step"] >= plan.total_steps:

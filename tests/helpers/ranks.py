@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -54,7 +55,7 @@ def _collect(queue: Any, ranks: list[Any], deadline: float) -> list[Any]:
             continue
         if failure:
             raise RankError(f"rank {rank} failed:\n{failure}")
-        results[rank] = result
+        results[rank] = pickle.loads(result)  # noqa: S301  (our own child's)
     return [results[rank] for rank in range(len(ranks))]
 
 
@@ -73,6 +74,6 @@ def _rank(rank: int, size: int, meeting: str, queue: Any, fn: Callable[..., Any]
         result = fn(World(rank=rank, size=size), *args)
         dist.barrier()
         dist.destroy_process_group()
-        queue.put((rank, result, None))
+        queue.put((rank, pickle.dumps(result), None))  # the queue's own pickler would share tensors' memory, which ends with us
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -131,8 +131,10 @@ def distft(*arguments: str) -> Done:
 
 _server = multiprocessing.get_context("forkserver")
 # Imported once, in a process without threads that forks the others: a command starts in a moment instead of in ten seconds.
-_server.set_forkserver_preload(["distft.pipeline", "distft.train.stage", "distft.evaluate.stage", "distft.export", "tests.helpers.runs",
-                                "distft.teacher.build", "distft.report.page", "transformers.models.llama.modeling_llama"])  # fmt: skip
+_server.set_forkserver_preload([
+    "distft.pipeline", "distft.teacher.build", "distft.train.stage", "distft.export", "distft.evaluate.stage", "distft.report.page",
+    "transformers.models.llama.modeling_llama", "tests.helpers.runs",
+])  # fmt: skip
 
 
 class Running:
@@ -234,7 +236,10 @@ def copy_bench(source: Bench, folder: Path) -> Bench:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of what distft remembers of files comes in or goes out."""
+    """Nothing of what distft remembers of files comes in or goes out; one thread does the work."""
+    import torch
+
+    torch.set_num_threads(1)
     monkeypatch.setenv("DISTFT_CACHE_DIR", str(tmp_path / "cache"))
 
 
@@ -244,13 +249,16 @@ def _pristine(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.fixture(scope="session")
-def _finished(_pristine: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def _finished(_pristine: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    import torch
+
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTFT_CACHE_DIR", str(folder / "cache"))
+        torch.set_num_threads(1)
         bench = copy_bench(_pristine, folder / "bench")
         bench.run("run")
-    yield bench
+    return bench
 
 
 @pytest.fixture

@@ -129,10 +129,10 @@ def write_corpus(store: Location, staging: Path, **splits: Sequence[Document]) -
     return Corpus.open(folder, staging)
 
 
-def run_config(store: Path, model: ModelFolder, **sections: Any) -> Run:
+def run_config(store: Path, model: ModelFolder, dtype: str = "float32", **sections: Any) -> Run:
     """A run file in memory. A section given here replaces the default's keys of the same name."""
     defaults: dict[str, Any] = {
-        "model": {"path": str(model.path), "dtype": "float32"},
+        "model": {"path": str(model.path), "dtype": dtype},
         "data": {"train": {"path": "unread.jsonl"}},
         "objective": {"kind": "sft_kl"},
         "train": {
@@ -204,13 +204,13 @@ class Lab:
 
 def lab(
     folder: Path, *, documents: Sequence[Document] | None = None, heldout: Sequence[Document] = (),
-    model: ModelFolder | None = None, **sections: Any,
+    model: ModelFolder | None = None, dtype: str = "float32", **sections: Any,
 ) -> Lab:  # fmt: skip
     """A fresh store below `folder`; with `heldout` documents the run has a drift meter."""
     model = model or shared_model()
     if heldout:
         sections.setdefault("data", {"heldout": {"path": "unread-either.jsonl"}})
-    run = run_config(folder / "store", model, **sections)
+    run = run_config(folder / "store", model, dtype, **sections)
     splits = {"train": list(documents or random_documents(24)), **({"heldout": list(heldout)} if heldout else {})}
     corpus = write_corpus(open_location(run.store), folder / "staging", **splits)
     return Lab(folder=folder, run=run, model=model, corpus=corpus)

@@ -72,7 +72,7 @@ def assert_equal(one: tuple[dict[str, Tensor], list[Any]], two: tuple[dict[str, 
 
 KINDS: dict[str, dict[str, Any]] = {
     "float32": {},
-    "bfloat16": {"model": {"dtype": "bfloat16"}},
+    "bfloat16": {"dtype": "bfloat16"},
     "stm_kl": {"objective": {"kind": "stm_kl", "tau": 20.0}},
 }
 
@@ -286,7 +286,7 @@ def test_checkpoints_hold_no_pickle_and_old_ones_go(tmp_path: Path) -> None:
 
 def test_a_restored_engine_is_the_one_that_was_saved(tmp_path: Path) -> None:
     """Weights and both moments, bit for bit, in float32 even where the passes run in bfloat16."""
-    made = prepared(tmp_path, model={"dtype": "bfloat16"})
+    made = prepared(tmp_path, dtype="bfloat16")
     made.train()
     saved = bits(made.restored())
     assert all(tensor.dtype == torch.float32 for tensor in saved.values())

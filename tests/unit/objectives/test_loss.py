@@ -245,7 +245,9 @@ def test_equal_inputs_give_equal_bits() -> None:
     for loss, values, gradients in runs[1:]:
         assert loss == runs[0][0]
         assert all(torch.equal(getattr(values, n), getattr(runs[0][1], n)) for n in ("ce_N", "kl_N", "rkl_N", "entropy_N"))
-        assert all(torch.equal(one, two) for one, two in zip(gradients, runs[0][2], strict=True) if one is not None and two is not None)
+        assert all(
+            torch.equal(one, two) for one, two in zip(gradients, runs[0][2], strict=True) if one is not None and two is not None
+        )
 
 
 def test_no_tokens_at_all_is_a_loss_of_zero_with_gradients() -> None:

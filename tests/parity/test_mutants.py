@@ -1,0 +1,254 @@
+"""Tests of the tests: each bug of this table, put into distft for a moment, must be found by the tests named beside it.
+
+Those are the bugs that this kind of software is known to have had, and that no error message shows.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis.errors import HypothesisException
+
+from distft.errors import DistftError
+from tests.helpers.mutants import Mutant
+from tests.parity import test_alignment, test_export, test_normaliser, test_own_teacher, test_packing, test_resume
+from tests.unit.objectives import test_catalog, test_loss
+from tests.unit.teacher import test_cache, test_encode, test_forward
+from tests.unit.train import test_batches
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A test that must fail, and what its parameters are."""
+
+    test: Callable[..., None]
+    given: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return self.test.__name__
+
+
+def guard(test: Callable[..., None], **given: Any) -> Guard:
+    return Guard(test, tuple(given.items()))
+
+
+BY_HAND = guard(test_alignment.test_the_step_is_what_was_worked_out_by_hand)
+CACHED = guard(test_alignment.test_the_cache_holds_what_was_worked_out_by_hand)
+LIVE = guard(test_alignment.test_the_cache_is_the_live_model_at_every_position, family="llama_untied_padded", attention="sdpa")
+FORMULAS = guard(test_loss.test_value_and_gradients_are_those_of_the_formulas, shape="all", weights="mixed", bias=True)
+EIGHT_WAYS = guard(test_normaliser.test_one_by_eight_two_by_four_and_eight_by_one_are_the_same_step, objective="stm_kl")
+PACKED = guard(
+    test_packing.test_packed_documents_see_themselves_alone, family="llama", attention="sdpa", end_to_end=False
+)  # fmt: skip
+RESUMED = guard(test_resume.test_five_steps_a_restart_and_five_more_are_ten, kind="float32")
+DROPOUT = guard(test_resume.test_dropout_draws_the_same_numbers_after_a_restart)
+STALE_WEIGHT = guard(test_cache.test_one_changed_weight_is_another_teacher)
+STALE_TOKENS = guard(test_cache.test_two_swapped_token_ids_are_another_teacher)
+STALE_POLICY = guard(test_cache.test_another_policy_or_precision_is_another_cache, other="k")
+
+LOSS, CHUNK = "distft.objectives.loss:", "distft.objectives.loss:_Chunk."
+BATCHES, ENGINE = "distft.train.batches:", "distft.engine.local:LocalEngine."
+FORWARD = "distft.teacher.forward:"
+
+MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
+    # --- alignment
+    "the student's predictor is the label's own place": (
+        Mutant(f"{BATCHES}micro_batch", "start + places[borne] - 1", "start + places[borne]"), [BY_HAND]),
+    "the student's labels are the tokens before": (
+        Mutant(f"{BATCHES}micro_batch", "document.tokens[places[borne]]", "document.tokens[places[borne] - 1]"), [BY_HAND]),
+    "the teacher's predictor is the label's own place": (
+        Mutant(f"{FORWARD}score_documents", "np.concatenate(flat) - 1", "np.concatenate(flat)"), [CACHED, LIVE]),
+    "the teacher's first document is read for all": (
+        Mutant(f"{FORWARD}score_documents", "start + where.astype(np.int64)", "layout.starts[0] + where.astype(np.int64)"), [LIVE]),
+    "supervision is read one token early": (
+        Mutant("distft.teacher.identity:scored_positions", "np.flatnonzero(document.supervised)",
+               "np.maximum(1, np.flatnonzero(document.supervised) - 1)"), [CACHED]),
+    # --- the loss
+    "the tail is dropped from KL(q||p)": (
+        Mutant(f"{CHUNK}_take_out_kept", "- teacher.tail_N * self.tail_ratio_C", ""),
+        [FORMULAS, guard(test_loss.test_what_lies_in_the_tail_counts), BY_HAND]),
+    "the tail is dropped from KL(p||q)": (
+        Mutant(f"{CHUNK}_take_out_kept", "+ tail_share_C * self.tail_ratio_C", ""),
+        [FORMULAS, guard(test_loss.test_what_lies_in_the_tail_counts)]),
+    "the tail is dropped from the gradient": (
+        Mutant(f"{CHUNK}gradient", "(kl_C * self.teacher.tail_N / self.tail_C)", "(0 * self.tail_C)"), [FORMULAS, BY_HAND]),
+    "the teacher is renormalised on its top-k": (
+        Mutant("distft.teacher.cache:sparse_rows", "minlength=len(counts_N)) + tail_N", "minlength=len(counts_N))"), [BY_HAND]),
+    "the two directions of KL are exchanged": (
+        Mutant(f"{CHUNK}_take_out_kept", "self.kl_C, self.rkl_C = forward_C.clamp_min(0.0), self.exact_rkl_C.clamp_min(0.0)",
+               "self.rkl_C, self.kl_C = forward_C.clamp_min(0.0), self.exact_rkl_C.clamp_min(0.0)"),
+        [FORMULAS, guard(test_loss.test_the_directions_are_not_each_other)]),
+    "the gradient has the wrong sign of the entropy": (
+        Mutant(f"{LOSS}_TokenLoss.forward", "grad_CV += entropy_grad_CV", "grad_CV -= entropy_grad_CV"), [FORMULAS]),
+    "padded head rows get mass": (
+        Mutant("distft.corpus.render:token_rows", "+ 1", "+ 6"), [guard(test_forward.test_padded_head_rows_have_no_mass)]),
+    "soft-capping is forgotten on the way back": (
+        Mutant(f"{LOSS}LogitShape.back", "grad_CV *= 1 - (logits_CV / self.softcap).square()", "pass"), [FORMULAS]),
+    "a whole [tokens, vocabulary] is made": (
+        Mutant(f"{LOSS}_TokenLoss.forward", "range(0, len(hidden_ND), size)", "range(0, len(hidden_ND), size := len(hidden_ND))"),
+        [guard(test_loss.test_nothing_larger_than_a_chunk_of_logits_is_made, weights="kl", softcap=None)]),
+    # --- objectives
+    "stm masks on the wrong side": (
+        Mutant("distft.objectives.catalog.stm:Stm.kept", ">= -math.log", "<= -math.log"),
+        [guard(test_catalog.test_each_rule_does_what_was_worked_out_by_hand, name="stm"),
+         guard(test_alignment.test_stm_learns_the_one_token_that_the_teacher_finds_likely)]),
+    "stm masks a token at its threshold": (
+        Mutant("distft.objectives.catalog.stm:Stm.kept", ">= -math.log", "> -math.log"),
+        [guard(test_catalog.test_stm_keeps_a_token_exactly_at_its_threshold_and_masks_the_next_one, tau=2.5)]),
+    "stm counts the masked tokens": (
+        Mutant("distft.objectives.catalog.stm:Stm.treat", ", count=kept", ""),
+        [guard(test_catalog.test_each_rule_does_what_was_worked_out_by_hand, name="stm"),
+         guard(test_alignment.test_stm_learns_the_one_token_that_the_teacher_finds_likely)]),
+    # --- one normaliser, one order
+    "the mean of micro-batch means": (
+        Mutant(f"{ENGINE}train_step", "(weighted_sum / normaliser).backward()",
+               "(weighted_sum / max(1, len(batch.predictor_N)) / len(micro_batches)).backward()"), [EIGHT_WAYS]),
+    "gradients of micro-batches add up in bfloat16": (
+        Mutant(f"{ENGINE}_gather_gradients", "master.grad += parameter.grad",
+               "master.grad = (master.grad.bfloat16() + parameter.grad).float()"),
+        [guard(test_normaliser.test_bfloat16_micro_batches_add_up_in_float32)]),
+    "the order of an epoch forgets the epoch": (
+        Mutant(f"{BATCHES}epoch_order", "np.array([seed, epoch], np.uint64)", "np.array([seed, 0], np.uint64)"),
+        [guard(test_batches.test_the_order_of_an_epoch_is_pinned)]),
+    "a rank draws an order of its own": (
+        Mutant(f"{BATCHES}Feed.step", "    batches = ", "    rows = (rows + self.world.rank) % len(self.lengths)\n    batches = "),
+        [guard(test_batches.test_any_number_of_ranks_consumes_the_same_tokens_per_step, size=2)]),
+    "what does not come out even is left out": (
+        Mutant(f"{BATCHES}share", "-(-len(batches) // world.size)", "len(batches) // world.size"),
+        [guard(test_batches.test_any_number_of_ranks_consumes_the_same_tokens_per_step, size=3)]),
+    # --- packing
+    "documents of a row see each other": (
+        Mutant("distft.engine.load:LanguageModel.hidden", "attention_mask=None, use_cache=False", "attention_mask=None, use_cache=True"), [PACKED]),
+    "positions run on through a row": (
+        Mutant("distft.engine.pack:pack", "= np.arange(len(document))", "= start % layout.width + np.arange(len(document))"),
+        [PACKED]),
+    # --- resume
+    "a resumed optimizer begins its moments anew": (
+        Mutant(f"{ENGINE}restore", 'tensors[f"exp_avg_sq/{name}"].to(self.device, copy=True)',
+               'torch.zeros_like(tensors[f"exp_avg_sq/{name}"])'), [RESUMED]),
+    "a resumed optimizer forgets its step": (
+        Mutant(f"{ENGINE}restore", "torch.tensor(float(optimizer_steps), device=self.device)", "torch.tensor(0.0)"), [RESUMED]),
+    "a resumed run repeats a step": (
+        Mutant("distft.train.stage:train_run", "first_step=done + 1", "first_step=max(1, done)"), [RESUMED]),
+    "the schedule starts again": (
+        Mutant("distft.train.loop:train", "learning_rate(config, step, plan.total_steps)",
+               "learning_rate(config, step - first_step + 1, plan.total_steps)"), [RESUMED]),
+    "randomness of a step depends on what was before": (
+        Mutant("distft.train.loop:train", "torch.manual_seed(_step_seed(config.seed, step, world.rank))",
+               "torch.manual_seed(0) if step == first_step else None"), [DROPOUT]),
+    "a checkpoint's bytes are not checked": (
+        Mutant("distft.store.manifest:_problem", "return None if found == entry.sha256", "return None if found"),
+        [guard(test_resume.test_a_damaged_checkpoint_is_named_and_the_one_before_serves, damage="weight")]),
+    "a checkpoint of other settings is taken up": (
+        Mutant("distft.train.checkpoint:Checkpoints._read", "if changed:", "if False:"),
+        [guard(test_resume.test_a_run_is_not_taken_up_under_other_settings, change="lr")]),
+    # --- the cache
+    "a shard's bytes are not checked": (
+        Mutant("distft.store.manifest:_problem", "return None if found == entry.sha256", "return None if found"),
+        [guard(test_cache.test_a_damaged_shard_is_refused_before_it_is_read, damage="flipped")]),
+    "weights are no part of a teacher's identity": (
+        Mutant("distft.teacher.identity:teacher_identity", '"weights": folder.weights_identity()', '"weights": "any"'),
+        [STALE_WEIGHT]),
+    "the vocabulary is no part of a teacher's identity": (
+        Mutant("distft.teacher.identity:teacher_identity", 'folder.tokenizer_identity()["vocabulary"]', '"any"'), [STALE_TOKENS]),
+    "the policy is no part of a teacher's identity": (
+        Mutant("distft.teacher.identity:teacher_identity", "score.distribution.model_dump()", '"any"'), [STALE_POLICY]),
+    "a row is joined by its place": (
+        Mutant("distft.teacher.cache:TeacherCache.scores", "number, row = self.places[document.digest]",
+               "number, row = sorted(self.places.values())[document.row - 1]"),
+        [guard(test_cache.test_each_document_is_read_once_and_a_second_run_loads_nothing)]),
+    "kept ids are in no order": (
+        Mutant(f"{FORWARD}_kept", ".indices.sort(1).values", ".indices"), [LIVE]),
+    "the tail is one minus the rest": (
+        Mutant(f"{FORWARD}score_logits", "tail_C, ids_M = probs_CV.sum(1)", "tail_C, ids_M = 1 - torch.zeros(len(probs_CV)).index_add("
+               "0, row_M, logprobs_CV[row_M, ids_M].exp())"),
+        [guard(test_forward.test_a_sure_teachers_tail_is_exact_where_one_minus_the_rest_is_zero)]),
+    "a crowded row keeps everything": (
+        Mutant(f"{FORWARD}_kept", "above_CV[crowded] = False", "pass"),
+        [guard(test_forward.test_a_crowded_row_keeps_its_best_k_and_does_not_disturb_its_neighbours)]),
+    "counts are not checked": (
+        Mutant("distft.teacher.encode:from_table", "if uneven or kept != len(scores.ids) or kept != len(scores.logprobs):", "if False:"),
+        [guard(test_encode.test_columns_that_contradict_each_other_are_refused, wrong="a count too high")]),
+    "documents are scored again": (
+        Mutant("distft.teacher.build:build_teacher", "if digest not in held]", "]"),
+        [guard(test_cache.test_a_larger_corpus_costs_its_new_documents_alone)]),
+    "the own-teacher check compares means": (
+        Mutant("distft.train.drift:check_own_teacher", "drift.label_gap <= 10 * limit",
+               "abs(drift.nll - drift.teacher_nll) <= 10 * limit"),
+        [guard(test_own_teacher.test_signals_alone_betray_it_too, damage="each token has the next one's")]),
+    "nobody asks whether the model is its own teacher": (
+        Mutant("distft.train.stage:train_run", "check_own_teacher(engine.measure", "(lambda *_, **__: None)(engine.measure"),
+        [guard(test_own_teacher.test_a_cache_that_is_about_other_tokens_is_refused, damage="rows are swapped", dtype="float32")]),
+    # --- export
+    "the model is exported as it was before training": (
+        Mutant("distft.export:_write_model", "name: tensor.to(DTYPES[dtype])", "name: torch.zeros_like(tensor, dtype=DTYPES[dtype])"),
+        [guard(test_export.test_transformers_computes_the_engines_logits, family="llama")]),
+}  # fmt: skip
+
+
+class Fixtures:
+    """What a guard may ask for, fresh for each call."""
+
+    def __init__(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.tmp_path, self.capsys = tmp_path, capsys
+
+    def call(self, guard: Guard) -> None:
+        given, folder = dict(guard.given), self.tmp_path / "guard"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            known = {"tmp_path": lambda: folder, "monkeypatch": lambda: patch, "capsys": lambda: self.capsys, "read": lambda: watched(patch)}
+            wanted = [name for name in inspect.signature(guard.test).parameters if name not in given]
+            guard.test(**given, **{name: known[name]() for name in wanted})
+
+
+def watched(patch: pytest.MonkeyPatch) -> list[bytes]:
+    """As the fixture `read` of the cache's tests."""
+    plain, seen = test_cache.score_documents, []
+
+    def watching(model: Any, documents: Any, *rest: Any) -> Any:
+        seen.extend(one.tobytes() for one in documents)
+        return plain(model, documents, *rest)
+
+    patch.setattr("distft.teacher.build.score_documents", watching)
+    return seen
+
+
+FOUND = (AssertionError, DistftError, HypothesisException, pytest.fail.Exception)
+"""How a test may find a bug: it was wrong, it was refused, or it was not refused. A crash of the mutant itself is no finding."""
+
+
+@pytest.fixture
+def fixtures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Fixtures:
+    return Fixtures(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("bug", MUTANTS)
+def test_the_bug_is_found(bug: str, fixtures: Fixtures) -> None:
+    mutant, guards = MUTANTS[bug]
+    assert guards
+    for each in guards:
+        with pytest.MonkeyPatch.context() as patch:
+            mutant.apply(patch)
+            try:
+                fixtures.call(each)
+            except FOUND:
+                continue
+        pytest.fail(f"{each} does not see that {bug}")
+
+
+def test_the_guards_pass_without_a_bug(fixtures: Fixtures) -> None:
+    """One of each kind here; all of them run as tests of their own."""
+    for each in (BY_HAND, FORMULAS, STALE_POLICY):
+        fixtures.call(each)
+
+
+def test_a_mutant_that_no_longer_fits_is_an_error() -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(LookupError, match="0 times"):
+        Mutant("distft.train.batches:cut_steps", "what is not there", "x").apply(patch)
