@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from distft.store.digest import file_sha256
 from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, commit, read_manifest
 from distft.store.model_folder import ModelFolder
+from distft.store.put import fill
 from distft.train.checkpoint import Checkpoints, read_tensors
 from distft.train.identity import model_identity
 
@@ -44,7 +46,7 @@ def export_run(run: Run, model: ModelFolder, run_identity: dict[str, Any], store
             model, dict(read_tensors(where, weights, staging)), made, dtype=identity["dtype"], shard_bytes=run.export.shard_bytes
         )
         for file in model.tokenizer_files():
-            shutil.copyfile(file, made / file.name)
+            fill(made / file.name, partial(shutil.copyfile, file))
         paths = sorted(path for path in made.iterdir() if path.is_file())
         entries = []
         with track("export", sum(path.stat().st_size for path in paths) / 2**20, "MiB") as meter:
@@ -76,7 +78,7 @@ def _write_model(source: ModelFolder, weights: dict[str, Any], target: Path, *, 
         raise RuntimeError(f"the checkpoint has no weights for {bare[:5]}")
     if (source.path / "generation_config.json").exists():
         whole.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
-    whole.save_pretrained(target, max_shard_size=shard_bytes)
+    fill(target, partial(whole.save_pretrained, max_shard_size=shard_bytes))
 
 
 def _beside(folder: Location) -> Path | None:

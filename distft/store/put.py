@@ -21,20 +21,21 @@ def put_file(
     name = f"data/{stem}-{uuid4().hex}.{suffix}"
     path = folder.scratch(name)
     try:
-        with explained("write", path):
-            _fill(path, write)
-            entry = FileEntry(name=name, size=path.stat().st_size, sha256=file_sha256(path), facts=facts or {})
+        fill(path, write)
+        entry = FileEntry(name=name, size=path.stat().st_size, sha256=file_sha256(path), facts=facts or {})
         folder.upload(name, path)
     finally:
         path.unlink(missing_ok=True)
     return entry
 
 
-def _fill(path: Path, write: Callable[[Path], object]) -> None:
+def fill(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write(path)`; what the disk refuses becomes a StoreError, whoever says it."""
     from safetensors import SafetensorError
 
     try:
-        write(path)
+        with explained("write", path):
+            write(path)
     except SafetensorError as error:  # how safetensors tells of a full disk
         raise StoreError(
             f"{path} could not be written: {error}", where=str(path), help="Make room there, then run it again."
