@@ -34,12 +34,15 @@ def requested() -> bool:
 
 @contextmanager
 def gracefully() -> Iterator[None]:
-    """While inside, the first signal only makes `requested()` true."""
+    """While inside, the first signal only makes `requested()` true. One that nobody heeded is not forgotten: it stops the command
+    at the end of the block, when all of its work is done."""
     _state["graceful"], _state["requested"] = True, False
     try:
         yield
     finally:
         _state["graceful"] = False
+    if requested():
+        raise Interrupted("Stopped at the end of training, which is kept.")
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -164,7 +164,8 @@ class NumberJudge(Section):
     """Right when the answer's last number equals the reference's last number."""
 
     kind: Literal["number"]
-    tolerance: Annotated[float, Field(ge=0)] = 1e-6
+    tolerance: Annotated[float, Field(ge=0)] = 1e-9
+    """Relative above 1, absolute below."""
 
 
 Judge = Annotated[ExactJudge | NumberJudge, Field(discriminator="kind")]

@@ -21,6 +21,7 @@ from distft.errors import CorruptArtifactError, MissingArtifactError, StaleArtif
 from distft.objectives.loss import SparseRows
 from distft.objectives.treatment import Signals
 from distft.store.digest import file_sha256, files_sha256
+from distft.store.local import explained
 from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, fetch, read_manifest
 from distft.store.nearest import nearest
@@ -107,18 +108,21 @@ def _staged(folder: Location, entry: FileEntry, staging: Path) -> Path:
     if target.exists() and seal.exists() and seal.read_text() == files_sha256([target])[target]:
         return target
     source = fetch(folder, entry, staging / "compressed")
+    with explained("write", staging):
+        staging.mkdir(parents=True, exist_ok=True)
     partial = staging / f"{entry.sha256}.{uuid4().hex}"
-    staging.mkdir(parents=True, exist_ok=True)
     try:
         with (
+            explained("write", staging),
             pa.OSFile(str(partial), "wb") as sink,
             pa.ipc.new_file(sink, pa.ipc.open_file(pa.memory_map(str(source))).schema) as out,
         ):
             for batch in read_batches(source):
                 out.write_batch(batch)
         digest = file_sha256(partial)
-        os.replace(partial, target)
-        seal.write_text(digest)
+        with explained("write", staging):
+            os.replace(partial, target)
+            seal.write_text(digest)
     finally:
         partial.unlink(missing_ok=True)
     return target

@@ -56,7 +56,10 @@ def measure_drift(
         chosen = [held[i] for i in batch]
         scores = [cache.supervised(document) for document in chosen]
         values = measure(micro_batch(chosen, [treatment(len(s.positions), ce=1.0, kl=1.0) for s in scores], scores))
-        nll_N, teacher_nll_N = values.ce_N.double().cpu().numpy(), -np.concatenate([s.label_logprob for s in scores] or [np.zeros(0)])
+        nll_N, teacher_nll_N = (
+            values.ce_N.double().cpu().numpy(),
+            -np.concatenate([s.label_logprob for s in scores] or [np.zeros(0)]),
+        )
         gap = np.abs(nll_N - teacher_nll_N).sum()
         sums += (float(values.kl_N.double().sum()), nll_N.sum(), teacher_nll_N.sum(dtype=np.float64), gap, len(nll_N))
         if meter:

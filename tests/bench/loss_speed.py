@@ -1,6 +1,6 @@
 """What a cached KL costs at the loss head, against cross-entropy there and against the plain way to cross-entropy.
 
-    python -m pytest -m bench tests/bench/loss_speed.py -s
+python -m pytest -m bench tests/bench/loss_speed.py -s
 """
 
 from __future__ import annotations

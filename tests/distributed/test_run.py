@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,8 @@ def runs(world: World, made: Lab, broken: Lab) -> dict[str, Any]:
         return plain(self, *args, **kwargs)
 
     LocalEngine.train_step = train_step
-    try:
+    with suppress(KeyboardInterrupt):
         broken.train(world)
-    except KeyboardInterrupt:
-        pass
     LocalEngine.train_step = plain
     if world.leads:
         (weights,) = (Path(broken.run.store) / "runs" / "run" / "checkpoints" / DAMAGED).glob("data/weight-*")

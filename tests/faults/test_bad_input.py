@@ -154,9 +154,9 @@ def no_config(bench: Bench) -> None:
     [
         (no_weights, "no weights"),
         (pickled, "pickled weights (pytorch_model.bin)"),
-        (truncated, "safetensors"),
-        (truncated_header, "safetensors"),
-        (garbage, "safetensors"),
+        (truncated, "incomplete"),
+        (truncated_header, "invalid header length"),
+        (garbage, "header too large"),
         (nan_weight, "model.layers.0.mlp.down_proj.weight"),
         (missing_tensor, "model.layers.1.self_attn.q_proj.weight"),
         (foreign_code, "auto_map"),

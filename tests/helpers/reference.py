@@ -52,7 +52,9 @@ def token_terms(logits_V: Tensor, label: int, row: Row | None) -> TokenTerms:
     return TokenTerms(ce, kl, rkl, entropy)
 
 
-def shaped_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *, rows: int, scale: float, softcap: float | None) -> Tensor:
+def shaped_logits(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *, rows: int, scale: float, softcap: float | None
+) -> Tensor:
     """Logits of the head's first `rows` rows, token by token."""
     logits = []
     for hidden_D in hidden_ND:
@@ -64,7 +66,9 @@ def shaped_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *
     return torch.stack(logits)
 
 
-def reference_loss(logits_NV: Tensor, labels: list[int], weights_N4: Tensor, teacher: list[Row] | None) -> tuple[Tensor, list[TokenTerms]]:
+def reference_loss(
+    logits_NV: Tensor, labels: list[int], weights_N4: Tensor, teacher: list[Row] | None
+) -> tuple[Tensor, list[TokenTerms]]:
     """The weighted sum over tokens, differentiable in the logits. Columns of the weights: ce, kl, rkl, entropy."""
     loss, terms = logits_NV.new_zeros(()), []
     for n, label in enumerate(labels):

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from distft.config.schema import Run
 from distft.corpus.build import KIND
+from distft.corpus.chat import Encoded
+from distft.corpus.files import Row
 from distft.corpus.reader import Corpus, Document
 from distft.corpus.render import token_rows
 from distft.corpus.tabulate import SCHEMA, tabulate
-from distft.corpus.chat import Encoded
-from distft.corpus.files import Row
 from distft.engine.load import LanguageModel, load_model
 from distft.engine.local import LocalEngine
 from distft.engine.world import World
@@ -119,7 +119,9 @@ def write_corpus(store: Location, staging: Path, **splits: Sequence[Document]) -
     entries, facts = [], {}
     for split, documents in splits.items():
         rows = [Row("rows.jsonl", number, {}) for number in range(1, len(documents) + 1)]
-        encoded = [Encoded(tokens=d.tokens, supervised=d.supervised, truncated=False, altered=False, unended=False) for d in documents]
+        encoded = [
+            Encoded(tokens=d.tokens, supervised=d.supervised, truncated=False, altered=False, unended=False) for d in documents
+        ]
         batch, tally = tabulate(rows, list(encoded))
         with ShardWriter(folder, split, SCHEMA, compression=None) as writer:
             writer.write(batch)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -124,8 +125,6 @@ def check_live(model: LanguageModel, read_together: list[Document], documents: l
     document alone."""
     places = [np.arange(1, len(d), dtype=np.uint32) for d in read_together]
     scored = score_documents(model, [d.tokens for d in read_together], places, policy)
-    import pyarrow as pa
-
     table = pa.Table.from_batches([to_batch([d.digest for d in documents], [len(d) for d in documents], scored)])
     for row, one in enumerate(documents):
         digest, length, scores = from_table(table, row, where="memory")
@@ -187,7 +186,9 @@ def test_a_model_has_no_divergence_from_its_own_cache_anywhere() -> None:
     worst = {0: 0.0, 1: math.inf}
     for one, scores in zip(documents, scored, strict=True):
         with torch.no_grad():
-            logits = model.whole(input_ids=torch.from_numpy(one.tokens.astype(np.int64))[None], use_cache=False).logits[0].double()
+            logits = (
+                model.whole(input_ids=torch.from_numpy(one.tokens.astype(np.int64))[None], use_cache=False).logits[0].double()
+            )
         rows, parts = sparse_rows([scores]), []
         ids, logprobs = rows.ids_M.split(rows.counts_N.tolist()), rows.logprobs_M.split(rows.counts_N.tolist())
         for n in range(len(rows.counts_N)):

@@ -86,7 +86,10 @@ def test_the_normaliser_is_the_count_over_the_whole_step(tmp_path: Path) -> None
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     made = lab(tmp_path, documents=random_documents(8, seed=6), objective={"kind": "sft"}).changed(train={"clip": None})
-    plain, saved = take_step(made, list(range(8))), take_step(made.changed(train={"gradient_checkpointing": True}), list(range(8)))
+    plain, saved = (
+        take_step(made, list(range(8))),
+        take_step(made.changed(train={"gradient_checkpointing": True}), list(range(8))),
+    )
     assert distance(plain.gradients, saved.gradients) <= SAME
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ from distft import stopping
 from distft.engine.local import LocalEngine
 from distft.errors import MissingArtifactError, StaleArtifactError, TrainingError
 from distft.stopping import Interrupted
+from distft.store.model_folder import resolve_model
 from distft.train.checkpoint import Checkpoints
 from distft.train.metrics import read_metrics
-from tests.helpers.stores import Lab, bits, differing, lab, random_documents, shared_model
+from tests.helpers.models import tiny_model_folder
+from tests.helpers.stores import Lab, bits, differing, lab, random_documents, shared_model, write_corpus
 
 STEPS = 10
 
@@ -27,21 +28,21 @@ class Killed(BaseException):
     """Stands for a process that is no more."""
 
 
-@contextmanager
-def killed_before(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def train_until_killed(made: Lab, monkeypatch: pytest.MonkeyPatch, *, before: int) -> None:
     """The run dies when it would take this step, whatever it has done by then."""
     plain = LocalEngine.train_step
     taken: list[int] = []
 
     def train_step(self: LocalEngine, *args: Any, **kwargs: Any) -> Any:
         taken.append(1)
-        if len(taken) == step:
+        if len(taken) == before:
             raise Killed
         return plain(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(LocalEngine, "train_step", train_step)
-        yield
+        with pytest.raises(Killed):
+            made.train()
 
 
 def prepared(folder: Path, **sections: Any) -> Lab:
@@ -82,8 +83,7 @@ def test_five_steps_a_restart_and_five_more_are_ten(tmp_path: Path, kind: str, m
     straight, broken = prepared(tmp_path / "straight", **KINDS[kind]), prepared(tmp_path / "broken", **KINDS[kind])
     whole = straight.train()
     assert (whole["steps"], whole["resumed_from"]) == (STEPS, None)
-    with killed_before(8, monkeypatch):
-        broken.train()
+    train_until_killed(broken, monkeypatch, before=8)
     assert broken.checkpoints().steps() == [5]
     resumed = broken.train()
     assert (resumed["steps"], resumed["resumed_from"]) == (STEPS, 5)
@@ -94,15 +94,11 @@ def test_five_steps_a_restart_and_five_more_are_ten(tmp_path: Path, kind: str, m
 
 
 def test_dropout_draws_the_same_numbers_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from distft.store.model_folder import resolve_model
-    from tests.helpers.models import tiny_model_folder
-
     path = tiny_model_folder(tmp_path / "model", vocabulary=280, hidden=32, initializer_range=0.5, attention_dropout=0.3)
     model = resolve_model(str(path), None)
     straight, broken = prepared(tmp_path / "straight", model=model), prepared(tmp_path / "broken", model=model)
     straight.train()
-    with killed_before(9, monkeypatch):
-        broken.train()
+    train_until_killed(broken, monkeypatch, before=9)
     broken.train()
     assert_equal(outcome(straight), outcome(broken))
 
@@ -111,13 +107,13 @@ def test_a_run_that_is_asked_to_stop_keeps_the_last_whole_step(tmp_path: Path, m
     straight, broken = prepared(tmp_path / "straight"), prepared(tmp_path / "broken")
     straight.train()
     answers = iter([False] * 7 + [True])
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="step 7"):
+    with monkeypatch.context() as patch:
         patch.setattr(stopping, "requested", lambda: next(answers))
-        broken.train()
+        with pytest.raises(Interrupted, match="step 7"):
+            broken.train()
     assert broken.checkpoints().steps() == [5, 7]
     assert broken.train()["resumed_from"] == 7
-    one, two = outcome(straight), outcome(broken)
-    assert_equal(one, two)
+    assert_equal(outcome(straight), outcome(broken))
 
 
 def newest_file(made: Lab, part: str) -> Path:
@@ -141,8 +137,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
     settings = {"checkpoint": {"every_steps": 3, "keep": 2}}
     straight, broken = prepared(tmp_path / "straight"), prepared(tmp_path / "broken").changed(train=settings)
     straight.train()
-    with killed_before(8, monkeypatch):
-        broken.train()
+    train_until_killed(broken, monkeypatch, before=8)
     assert broken.checkpoints().steps() == [3, 6]
     if damage == "missing":
         newest_file(broken, "weight").unlink()
@@ -159,8 +154,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
 def test_only_damaged_checkpoints_are_a_fresh_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight, broken = prepared(tmp_path / "straight"), prepared(tmp_path / "broken")
     straight.train()
-    with killed_before(8, monkeypatch):
-        broken.train()
+    train_until_killed(broken, monkeypatch, before=8)
     flip(newest_file(broken, "weight"))
     assert broken.train()["resumed_from"] is None
     assert_equal(outcome(straight), outcome(broken))
@@ -178,8 +172,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_run_is_not_taken_up_under_other_settings(tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = prepared(tmp_path)
-    with killed_before(7, monkeypatch):
-        made.train()
+    train_until_killed(made, monkeypatch, before=7)
     before = sorted(made.run_folder.names(recursive=True))
     sections, field = CHANGES[change]
     with pytest.raises(StaleArtifactError, match=field) as caught:
@@ -189,13 +182,8 @@ def test_a_run_is_not_taken_up_under_other_settings(tmp_path: Path, change: str,
 
 
 def test_a_run_is_not_taken_up_on_another_corpus_or_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    from tests.helpers.stores import write_corpus
-
     made = prepared(tmp_path)
-    with killed_before(7, monkeypatch):
-        made.train()
+    train_until_killed(made, monkeypatch, before=7)
     corpus = write_corpus(made.store, made.staging, train=random_documents(40, seed=11), heldout=random_documents(4, seed=10))
     other = replace(made, corpus=corpus)
     other.score()
@@ -210,9 +198,10 @@ def test_a_run_is_not_taken_up_on_another_corpus_or_model(tmp_path: Path, monkey
 def test_what_changes_no_weight_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Micro-batches, checkpoints and the drift meter are the machine's business, and so is the held-out split."""
     made = prepared(tmp_path)
-    with killed_before(7, monkeypatch):
-        made.train()
-    other = made.changed(train={"micro_batch_tokens": 1000, "checkpoint": {"every_steps": 2, "keep": 1}, "drift_every_steps": None})
+    train_until_killed(made, monkeypatch, before=7)
+    other = made.changed(
+        train={"micro_batch_tokens": 1000, "checkpoint": {"every_steps": 2, "keep": 1}, "drift_every_steps": None}
+    )
     assert other.train()["resumed_from"] == 5
 
 
@@ -226,8 +215,7 @@ def test_a_finished_run_returns_without_loading_the_model(tmp_path: Path, monkey
 def test_a_cut_off_line_of_metrics_is_left_out_and_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight, broken = prepared(tmp_path / "straight"), prepared(tmp_path / "broken")
     straight.train()
-    with killed_before(8, monkeypatch):
-        broken.train()
+    train_until_killed(broken, monkeypatch, before=8)
     path = broken.run_folder.local("metrics.jsonl")
     assert path is not None
     text = path.read_text()

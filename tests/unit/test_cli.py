@@ -73,6 +73,13 @@ def test_a_plan_needs_no_torch(tmp_path: Path, finished: Bench) -> None:
     assert loaded & HEAVY == set()
 
 
+def test_the_exit_status_of_a_process_that_misses_an_artifact(tmp_path: Path, bench: Bench) -> None:
+    """Statuses 0 and 2 are above, 1 is in tests/faults/test_interrupt.py, each from a process of its own."""
+    done, _ = spied(tmp_path, "report", str(bench.file), "--json")
+    assert done.status == 3
+    assert "distft train" in done.json["help"]
+
+
 @pytest.mark.parametrize("arguments", [["nonsense"], ["train"], ["plan", "a.yaml", "--nonsense"], ["train", "absent.yaml"]])
 def test_wrong_usage_is_the_users_input(arguments: list[str]) -> None:
     done = distft(*arguments)

@@ -115,9 +115,7 @@ def test_offsets_that_point_outside_are_refused_before_they_are_used(tmp_path: P
     """A shard whose sha256 is right and whose offsets are not: made by someone else."""
     batch = to_batch(["a"], [1001], [scores_of([2, 0, 3])])
     memory = np.array([0, 5], np.int32)
-    bad = pa.ListArray.from_buffers(
-        pa.list_(pa.uint32()), 1, [None, pa.py_buffer(memory)], children=[batch.column("ids").values]
-    )
+    bad = pa.ListArray.from_buffers(pa.list_(pa.uint32()), 1, [None, pa.py_buffer(memory)], children=[batch.column("ids").values])
     columns = [bad if name == "ids" else batch.column(name) for name in SCHEMA.names]
     damaged = pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
     memory[:] = offsets  # behind pyarrow's back, which checks what it makes
