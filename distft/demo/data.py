@@ -1,7 +1,7 @@
 """What the demo learns, and what it must not forget.
 
-The task is made by reasoning_gym: three words are to be given back in reverse order. The untouched model never does it, and a
-few hundred examples teach it. What must not be forgotten is how the model answers anybody else: its own greedy answers.
+The task is made by reasoning_gym: of four words the last is to be given, alone. The untouched model chats instead, and a few hundred
+examples teach it. What must not be forgotten is how the model answers anybody else: its own greedy answers.
 
 Files are written under another name and renamed: one that is there is whole. The answers, which take a while, are not made again.
 """
@@ -17,27 +17,24 @@ from typing import Any
 from distft.errors import UserInputError
 from distft.progress import track
 
-INSTRUCTION = "Reverse the list."
-WORDS = 3
+INSTRUCTION = "Give the last word."
+WORDS = 4
 
 
 def write_task(folder: Path, *, seed: int = 0, train: int, test: int) -> None:
-    """`train/task.jsonl` and `test-chats.jsonl` of chats, and `test.jsonl`, the same tests as {prompt, answer}. No list of words is in
-    both train and test. A function of its arguments."""
-    examples = _reversals(seed, train + test)
+    """`train.jsonl` and `test-chats.jsonl` of chats, and `test.jsonl`, the same tests as {prompt, answer}. No list of words is in both
+    train and test. A function of its arguments."""
+    examples = _examples(seed, train + test)
     chats = [{"messages": [*prompt, {"role": "assistant", "content": answer}]} for prompt, answer in examples]
     _write_rows(folder / "test.jsonl", ({"prompt": prompt, "answer": answer} for prompt, answer in examples[:test]))
     _write_rows(folder / "test-chats.jsonl", chats[:test])
-    _write_rows(folder / "train" / "task.jsonl", chats[test:])
+    _write_rows(folder / "train.jsonl", chats[test:])
 
 
-def _reversals(seed: int, count: int) -> list[tuple[list[dict[str, str]], str]]:
+def _examples(seed: int, count: int) -> list[tuple[list[dict[str, str]], str]]:
     """Distinct (prompt, answer). One stream of the generator, because streams of neighbouring seeds share their items."""
     try:
-        from reasoning_gym.algorithmic.word_sequence_reversal import (
-            WordSequenceReversalConfig,
-            WordSequenceReversalDataset,
-        )
+        from reasoning_gym.algorithmic.word_sequence_reversal import WordSequenceReversalConfig, WordSequenceReversalDataset
     except ImportError:
         raise UserInputError(
             "making the demo's task needs the package reasoning-gym", help="run: pip install 'distft[demo]'"
@@ -48,10 +45,10 @@ def _reversals(seed: int, count: int) -> list[tuple[list[dict[str, str]], str]]:
     found: dict[str, str] = {}
     index = 0
     while len(found) < count:
-        words = stream[index]["metadata"]["words"]
+        words = [word.lower() for word in stream[index]["metadata"]["words"]]
         index += 1
-        if len({word.casefold() for word in words}) == WORDS:  # a repeated word makes reversing ambiguous
-            found[", ".join(words)] = ", ".join(reversed(words))
+        if len(set(words)) == WORDS:  # where a word is repeated it is less clear which is meant
+            found[", ".join(words)] = words[-1]
     return [
         ([{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}], answer)
         for question, answer in found.items()
@@ -73,7 +70,7 @@ def write_own_answers(path: Path, model_folder: Path, prompts: Sequence[str], *,
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
     with track(f"answers: {path.stem}", len(prompts), "answers") as meter:
-        given = answers(model, tokenizer, asked, max_new_tokens=max_new_tokens, tokens_per_batch=2048, meter=meter)
+        given = answers(model, tokenizer, asked, max_new_tokens=max_new_tokens, tokens_per_batch=8192, meter=meter)
     rows = ({"messages": [*chat, {"role": "assistant", "content": text}]} for chat, text in zip(asked, given, strict=True))
     _write_rows(path, rows)
 

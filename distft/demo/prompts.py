@@ -1,58 +1,6 @@
-"""Questions that anybody might ask. The model's own answers to them are what it must not forget: those to `HELD_OUT` are only
-measured, those to `REHEARSED` stand among the training data. No prompt is in both.
-"""
+"""Questions that anybody might ask. The model's own answers to them are what it must not forget; nothing trains on them."""
 
 from __future__ import annotations
-
-REHEARSED: tuple[str, ...] = (
-    # knowledge
-    "What is the capital of Japan?",
-    "Why do leaves change colour in autumn?",
-    "Who was Isaac Newton?",
-    "What is the longest river in the world?",
-    "How do airplanes fly?",
-    "What is the difference between a planet and a star?",
-    "What is the water cycle?",
-    "Why is the sea salty?",
-    # explanation
-    "Explain what a computer program is.",
-    "Explain supply and demand in simple words.",
-    "How does a battery work?",
-    "What is DNA? Explain it to a child.",
-    "How do plants take in water?",
-    "What does a doctor do during a check-up?",
-    # writing
-    "Write a short poem about the sea.",
-    "Write the beginning of a story about a lost dog.",
-    "Write a short email to thank a friend for a gift.",
-    "Describe a busy market in two sentences.",
-    "Write a birthday message for a colleague.",
-    "Write a headline for an article about healthy eating.",
-    # code
-    "Write a Python function that returns the larger of two numbers.",
-    "How do I write a loop in Python?",
-    "What is a variable in programming?",
-    "Write an SQL query that selects all rows from a table named orders.",
-    # advice
-    "How can I stay focused while studying?",
-    "Give me three tips for cooking at home.",
-    "How do I make new friends in a new city?",
-    "What should I do if I lose my wallet?",
-    "How can I learn to play the guitar?",
-    # language
-    "Translate 'Thank you very much' into French.",
-    "Translate 'Where is the station?' into Spanish.",
-    "What is the opposite of 'ancient'?",
-    "Correct the grammar of this sentence: He don't like apples.",
-    "Use the word 'brave' in a sentence.",
-    # lists and reasoning
-    "List five animals that live in the forest.",
-    "Name three sports that are played with a ball.",
-    "List the days of the week.",
-    "Suggest three names for a coffee shop.",
-    "Is this review positive or negative? 'I loved the music and the friendly staff.'",
-    "If a train leaves at 3 pm and arrives at 5 pm, how long is the journey?",
-)
 
 HELD_OUT: tuple[str, ...] = (
     # knowledge

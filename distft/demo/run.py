@@ -1,8 +1,8 @@
 """The demo: a real model, a task it cannot do, and the same training with and without a teacher to hold on to.
 
 Everything goes by the same road as a user's own run: two run files, written beside the data, each through the whole pipeline. Both
-arms see the same documents in the same order with the same rates: examples of the task, and a few of the model's own answers to
-general questions. What is measured is the task, and the drift on answers to other questions.
+arms see the same documents in the same order at the same rates. What is measured is the task, and the drift on the model's own answers
+to general questions.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from distft.config.load import dump, validate
 from distft.config.schema import Run
 from distft.demo.data import write_own_answers, write_task
 from distft.demo.model import smollm2_folder
-from distft.demo.prompts import HELD_OUT, REHEARSED
+from distft.demo.prompts import HELD_OUT
 from distft.pipeline import Pipeline
 from distft.progress import say
 from distft.report.page import comparison_rows, comparison_table, write_report
 from distft.store.location import open_location
 
 ARMS: dict[str, dict[str, Any]] = {"sft-kl": {"kind": "sft_kl", "kl": 0.5}, "sft": {"kind": "sft"}}
-EXAMPLES, TESTS = 224, 64
+EXAMPLES, TESTS = 320, 64
 
 
 def run_demo(folder: Path) -> dict[str, Any]:
@@ -29,7 +29,6 @@ def run_demo(folder: Path) -> dict[str, Any]:
     folder = folder.absolute()
     model, data = smollm2_folder(folder / "model"), folder / "data"
     write_task(data, train=EXAMPLES, test=TESTS)
-    write_own_answers(data / "train" / "rehearsed.jsonl", model, REHEARSED)
     write_own_answers(data / "heldout.jsonl", model, HELD_OUT)
     results: dict[str, Any] = {}
     for name, objective in ARMS.items():
@@ -49,17 +48,17 @@ def run_file(folder: Path, name: str, objective: dict[str, Any], *, model: Path,
         "name": name,
         "store": str(folder / "store"),
         "model": {"path": str(model), "dtype": "float32"},
-        "data": {"train": {"path": str(data / "train")}, "heldout": {"path": str(data / "heldout.jsonl")}, "max_tokens": 256},
+        "data": {"train": {"path": str(data / "train.jsonl")}, "heldout": {"path": str(data / "heldout.jsonl")}, "max_tokens": 256},
         "score": {"tokens_per_batch": 2048},
         "objective": objective,
         "train": {
-            "epochs": 1, "tokens_per_step": 320, "micro_batch_tokens": 512, "lr": 1e-4, "warmup_steps": 4, "drift_every_steps": 20,
+            "epochs": 1, "tokens_per_step": 256, "micro_batch_tokens": 512, "lr": 5e-5, "warmup_steps": 4, "drift_every_steps": 20,
             "checkpoint": {"every_steps": 20, "keep": 1},
         },
         "evaluate": {
             "tasks": [
-                {"kind": "generate", "name": "reverse", "path": str(data / "test.jsonl"), "max_new_tokens": 16},
-                {"kind": "nll", "name": "reverse-nll", "source": {"path": str(data / "test-chats.jsonl")}},
+                {"kind": "generate", "name": "last-word", "path": str(data / "test.jsonl"), "max_new_tokens": 12},
+                {"kind": "nll", "name": "last-word-nll", "source": {"path": str(data / "test-chats.jsonl")}},
             ],
             "tokens_per_batch": 2048,
         },

@@ -173,7 +173,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant(f"{FORWARD}_kept", "above_CV[crowded] = False", "pass"),
         [guard(test_forward.test_a_crowded_row_keeps_its_best_k_and_does_not_disturb_its_neighbours)]),
     "counts are not checked": (
-        Mutant("distft.teacher.encode:from_table", "if uneven or", "if False and"),
+        Mutant("distft.teacher.encode:from_table", "kept != len(scores.ids) or kept != len(scores.logprobs)", "False"),
         [guard(test_encode.test_columns_that_contradict_each_other_are_refused, wrong="a count too high")]),
     "documents are scored again": (
         Mutant("distft.teacher.build:build_teacher", "if digest not in held]", "]"),

@@ -20,7 +20,11 @@ from distft.objectives.loss import LogitShape, SparseRows, Targets, TokenValues,
 from tests.helpers.reference import Row, reference_loss, shaped_logits
 
 # float32 sums over 37 logits against float64: a few units of 2^-24 on terms of up to some tens of nats
-EXACT = {"rtol": 2e-5, "atol": 2e-5}
+EXACT = 2e-5
+
+
+def assert_close(found: Tensor, truth: Tensor | None, what: str) -> None:
+    torch.testing.assert_close(found.double(), truth, rtol=EXACT, atol=EXACT, msg=lambda message: f"{what}: {message}")
 
 
 def teacher_rows(random: np.random.Generator, counts: list[int], vocabulary: int) -> list[Row]:
@@ -112,7 +116,7 @@ def test_any_chunk_size_gives_the_same(chunk: int) -> None:
 
 def check_against_reference(shape: LogitShape, weights: tuple[float, ...] | None, *, bias: bool, chunk: int) -> None:
     made = problem(shape, weights, bias=bias)
-    leaves = [None if made[k] is None else made[k].double().requires_grad_() for k in ("hidden", "weight", "bias")]
+    leaves: list[Any] = [None if made[k] is None else made[k].double().requires_grad_() for k in ("hidden", "weight", "bias")]
     logits = shaped_logits(leaves[0], leaves[1], leaves[2], rows=shape.rows, scale=shape.scale, softcap=shape.softcap)
     expected, terms = reference_loss(logits, made["labels"], made["weights_N4"], made["teacher"])
     (expected * 0.5).backward()
@@ -123,11 +127,11 @@ def check_against_reference(shape: LogitShape, weights: tuple[float, ...] | None
     assert not any(column is not None and column.requires_grad for column in (values.ce_N, values.kl_N, values.entropy_N))
     for name, column in (("ce", values.ce_N), ("kl", values.kl_N), ("rkl", values.rkl_N)):
         truth = torch.stack([getattr(term, name).detach() for term in terms])
-        torch.testing.assert_close(column.double(), truth, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
+        assert_close(column, truth, name)
     if bool((made["weights_N4"][:, 3] != 0).any()):
         assert values.entropy_N is not None
         truth = torch.stack([term.entropy.detach() for term in terms])
-        torch.testing.assert_close(values.entropy_N.double(), truth, **EXACT)
+        assert_close(values.entropy_N, truth, "entropy")
     else:
         assert values.entropy_N is None
     for name, gradient, leaf in zip(("hidden", "weight", "bias"), gradients, leaves, strict=True):
@@ -135,7 +139,7 @@ def check_against_reference(shape: LogitShape, weights: tuple[float, ...] | None
             assert gradient is None
             continue
         assert gradient is not None
-        torch.testing.assert_close(gradient.double(), leaf.grad, **EXACT, msg=lambda m, name=name: f"d{name}: {m}")
+        assert_close(gradient, leaf.grad, f"d{name}")
     # Head rows beyond the tokenizer's have no part in anything.
     assert gradients[1] is not None
     assert not gradients[1][shape.rows :].any()
