@@ -54,6 +54,8 @@ def train_run(
     )
     engine = LocalEngine(language_model, run.train, world)
     restored = checkpoints.restore(engine, staging)
+    done = restored.step if restored else 0
+    _agree_on_start(done, world, where=folder.url)
     if restored is None and cache is not None and run.teacher.path is None:
         check_own_teacher(engine.measure, corpus, cache, world, dtype=_coarser(run), where=cache.folder.url)
 
@@ -62,7 +64,6 @@ def train_run(
         documents = corpus.documents("heldout")
         return measure_drift(engine.measure, documents, cache, world, tokens_per_batch=run.train.micro_batch_tokens)
 
-    done = restored.step if restored else 0
     finished = train(
         run.train, engine=engine, plan=plan, world=world, checkpoints=checkpoints, first_step=done + 1,
         feed=Feed(corpus, cache, run.objective, run.train, world),
@@ -71,6 +72,17 @@ def train_run(
     )  # fmt: skip
     facts = {"loss": finished.loss, "drift": finished.drift.facts() if finished.drift else None}
     return _result(folder, finished.steps, done or None, facts)
+
+
+def _agree_on_start(step: int, world: World, *, where: str) -> None:
+    """Ranks read the checkpoints each for itself; one that saw other bytes must not train along from another step."""
+    [leading] = world.total(step if world.leads else 0)
+    [astray] = world.total(step != leading)
+    if astray:
+        raise CorruptArtifactError(
+            f"{astray:.0f} of {world.size} ranks could not restore step {leading:.0f}, which the leading rank restored.", where=where,
+            help="They read the same store through different disks or mounts. Run the command again.",
+        )  # fmt: skip
 
 
 def _refuse_overlap(corpus: Corpus) -> None:
