@@ -84,7 +84,9 @@ class Pipeline:
         identity = self.corpus_identity
         folder = self.store.child("corpus", Manifest(kind="corpus", identity=identity, files=()).id)
         if folder.exists("MANIFEST.json"):
-            return Corpus.open(folder, self.staging)
+            corpus = Corpus.open(folder, self.staging)
+            corpus.refuse_overlap()
+            return corpus
         other = nearest(self.store.child("corpus"), identity)
         if other is None:
             raise MissingArtifactError("There is no corpus in this store.", where=self.store.url,
@@ -115,6 +117,7 @@ class Pipeline:
     def tokenize(self) -> dict[str, Any]:
         self.store.check_writable()
         manifest = build_corpus(self.run.data, self.model, self.store)
+        self.corpus()  # says now what would be refused later
         splits = manifest.facts.values()
         totals = {key: sum(split[key] for split in splits) for key in ("documents", "tokens", "supervised_tokens", "dropped")}
         return {"corpus": self.store.child("corpus", manifest.id).url, **totals}

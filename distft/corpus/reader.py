@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from distft.corpus.build import KIND
 from distft.corpus.tabulate import SCHEMA, SUPERVISED
-from distft.errors import CorruptArtifactError, MissingArtifactError
+from distft.errors import CorruptArtifactError, DataError, MissingArtifactError
 from distft.store.location import Location
 from distft.store.manifest import Manifest, fetch, read_manifest
 from distft.store.shards import read_shard
@@ -80,6 +80,20 @@ class Corpus:
     def supervised_counts(self, split: str) -> npt.NDArray[np.int64]:
         """Supervised tokens of each document, in their order."""
         return self._split(split).supervised_counts
+
+    def refuse_overlap(self) -> None:
+        """Held-out documents that are trained on would measure memory, not drift."""
+        if "heldout" not in self.splits:
+            return
+        trained = set(self.digests("train"))
+        shared = [row for row, digest in enumerate(self.digests("heldout")) if digest in trained]
+        if shared:
+            first = self.document("heldout", shared[0])
+            raise DataError(
+                f"{len(shared)} of the {self.count('heldout')} held-out documents are in the training data too.",
+                where=f"{first.file}:{first.row}",
+                help="Drift is measured on what is never trained on: remove them from data.heldout.",
+            )
 
     def _split(self, split: str) -> _Split:
         if split not in self._splits:

@@ -21,10 +21,9 @@ def render_source(source: Source, model: ModelFolder, *, max_tokens: int) -> lis
         for row, one in zip(found, encoded, strict=True)
         if isinstance(one, Encoded)
     ]
-    if len(documents) < len(found):
-        say(
-            f"{source.path}: {len(found) - len(documents)} of {len(found)} rows dropped: no supervised token within {max_tokens} tokens"
-        )
+    dropped = len(found) - len(documents)
+    if dropped:
+        say(f"{source.path}: {dropped} of {len(found)} rows dropped: no supervised token within {max_tokens} tokens")
     if not documents:
         raise DataError("No row of the source gives a document.", where=source.path, help="Check its `format` and columns.")
     return documents

@@ -12,7 +12,7 @@ from distft.corpus.render import token_rows
 from distft.engine.load import load_model
 from distft.engine.local import LocalEngine
 from distft.engine.world import World, this_device
-from distft.errors import CorruptArtifactError, DataError
+from distft.errors import CorruptArtifactError
 from distft.store.location import Location
 from distft.store.model_folder import ModelFolder
 from distft.teacher.cache import TeacherCache
@@ -34,7 +34,6 @@ def train_run(
     run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCache | None, store: Location, staging: Path, world: World
 ) -> dict[str, Any]:
     """Trains to the end; returns what `--json` prints. A run that is finished returns at once, without loading the model."""
-    _refuse_overlap(corpus)
     folder = store.child("runs", run.name)
     checkpoints = Checkpoints(
         folder.child("checkpoints"), run_identity(run, model, corpus, cache), keep=run.train.checkpoint.keep
@@ -82,20 +81,6 @@ def _agree_on_start(step: int, world: World, *, where: str) -> None:
         raise CorruptArtifactError(
             f"{astray:.0f} of {world.size} ranks could not restore step {leading:.0f}, which the leading rank restored.", where=where,
             help="They read the same store through different disks or mounts. Run the command again.",
-        )  # fmt: skip
-
-
-def _refuse_overlap(corpus: Corpus) -> None:
-    """Held-out documents that are trained on would measure memory, not drift."""
-    if "heldout" not in corpus.splits:
-        return
-    trained = set(corpus.digests("train"))
-    shared = [row for row, digest in enumerate(corpus.digests("heldout")) if digest in trained]
-    if shared:
-        first = corpus.document("heldout", shared[0])
-        raise DataError(
-            f"{len(shared)} of the {corpus.count('heldout')} held-out documents are in the training data too.",
-            where=f"{first.file}:{first.row}", help="Drift is measured on what is never trained on: remove them from data.heldout.",
         )  # fmt: skip
 
 

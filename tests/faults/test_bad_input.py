@@ -294,10 +294,8 @@ def test_heldout_that_is_trained_on(bench: Bench) -> None:
         says="drift would be measured on what is trained",
     )
     shutil.copy(bench.folder / "train.jsonl", bench.folder / "heldout.jsonl")
-    bench.run("tokenize")
-    bench.run("score")
-    bench.refused("train", status=2, says="24 of the 24 held-out documents are in the training data too")
-    assert committed(bench, "train") == []
+    bench.refused("tokenize", status=2, says="24 of the 24 held-out documents are in the training data too")
+    bench.refused("score", status=2, says="24 of the 24 held-out documents are in the training data too")
 
 
 def test_an_objective_without_its_signals(bench: Bench) -> None:

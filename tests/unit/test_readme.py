@@ -17,9 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_map_has_a_line_for_every_module_and_none_too_many() -> None:
     mapped = set(re.findall(r"^  ([\w/]+\.py) ", README, flags=re.MULTILINE))
     modules = {
-        path.relative_to(ROOT / "distft").as_posix()
-        for path in (ROOT / "distft").rglob("*.py")
-        if path.name != "__init__.py"
+        path.relative_to(ROOT / "distft").as_posix() for path in (ROOT / "distft").rglob("*.py") if path.name != "__init__.py"
     }
     assert mapped == modules
 
