@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distft import __version__, stopping
-from distft.errors import DistftError
-from distft.progress import say
+from distft import __version__, ranks, stopping
+from distft.errors import ConfigError, DistftError
+from distft.progress import complain, say
 
 if TYPE_CHECKING:
     from distft.pipeline import Pipeline
@@ -83,7 +83,7 @@ def score(config: Config, overrides: Overrides = None, as_json: Json = False) ->
 @app.command()
 def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Train against the teacher cache; goes on from the last checkpoint."""
-    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.train())
+    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.train(), by_ranks=True)
 
 
 @app.command()
@@ -127,9 +127,16 @@ def demo(
 
 def _run_verb(
     config: Path, overrides: list[str] | None, as_json: bool, verb: Callable[[Pipeline], dict[str, Any]],
-    *, show: Callable[[dict[str, Any]], None] | None = None,
+    *, show: Callable[[dict[str, Any]], None] | None = None, by_ranks: bool = False,
 ) -> None:  # fmt: skip
+    """`by_ranks`: a verb that a launched group of processes does together; others would do the same work side by side."""
+
     def work() -> dict[str, Any]:
+        if ranks.size() > 1 and not by_ranks:
+            raise ConfigError(
+                f"{ranks.size()} ranks were launched (WORLD_SIZE), and of all verbs `train` alone shares its work among ranks.",
+                where="environment", help="Run this verb once, without torchrun; or unset WORLD_SIZE.",
+            )  # fmt: skip
         from distft.config.check import check_run
         from distft.config.load import load_config
 
@@ -147,7 +154,7 @@ def _guarded(work: Callable[[], dict[str, Any]], as_json: bool, *, show: Callabl
     try:
         result = work()
     except DistftError as error:
-        say(f"error: {error}")
+        complain(f"error: {error}")
         if as_json:
             _print_json({"error": error.problem, "where": error.where, "help": error.help})
         raise typer.Exit(error.exit_status) from None
@@ -167,8 +174,9 @@ def _guarded(work: Callable[[], dict[str, Any]], as_json: bool, *, show: Callabl
 
 
 def _print_json(result: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(_finite(result), allow_nan=False) + "\n")
-    sys.stdout.flush()
+    if ranks.rank() == 0:  # of a launched group, one answers
+        sys.stdout.write(json.dumps(_finite(result), allow_nan=False) + "\n")
+        sys.stdout.flush()
 
 
 def _finite(value: Any) -> Any:

@@ -6,15 +6,17 @@ Used by the command line and by the demo alike. Every function returns the objec
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from distft import ranks
 from distft.config.schema import Run
 from distft.corpus.build import build_corpus, corpus_identity
 from distft.corpus.reader import Corpus
-from distft.errors import MissingArtifactError, ModelError, StaleArtifactError
+from distft.errors import MissingArtifactError, ModelError, StaleArtifactError, StoreError
 from distft.progress import say
 from distft.store.digest import memo_path
 from distft.store.location import Location, open_location
@@ -66,23 +68,30 @@ class Pipeline:
     def corpus_identity(self) -> dict[str, Any]:
         return corpus_identity(self.run.data, self.model)
 
+    @property
+    def corpus_folder(self) -> Location:
+        return self.store.child("corpus", Manifest(kind="corpus", identity=self.corpus_identity, files=()).id)
+
     @cached_property
     def teacher_identity(self) -> dict[str, Any]:
         from distft.teacher.identity import teacher_identity
 
         return teacher_identity(self.teacher, self.run.score, self.run.teacher_model.dtype)
 
+    @property
+    def teacher_id(self) -> str:
+        return Manifest(kind="teacher", identity=self.teacher_identity, files=()).id
+
     @cached_property
     def run_identity(self) -> dict[str, Any]:
         from distft.train.identity import run_identity
 
-        teacher = Manifest(kind="teacher", identity=self.teacher_identity, files=()).id if self.run.needs_teacher else None
+        teacher = self.teacher_id if self.run.needs_teacher else None
         return run_identity(self.run, self.model, corpus=self.corpus_identity, teacher=teacher)
 
     def corpus(self) -> Corpus:
         """The corpus of this config, or an error that says what the nearest one was made from."""
-        identity = self.corpus_identity
-        folder = self.store.child("corpus", Manifest(kind="corpus", identity=identity, files=()).id)
+        identity, folder = self.corpus_identity, self.corpus_folder
         if folder.exists("MANIFEST.json"):
             corpus = Corpus.open(folder, self.staging)
             corpus.refuse_overlap()
@@ -99,8 +108,7 @@ class Pipeline:
     def plan(self) -> dict[str, Any]:
         from distft.plan.artifacts import survey
 
-        folder = self.store.child("corpus", Manifest(kind="corpus", identity=self.corpus_identity, files=()).id)
-        digests = None
+        digests, folder = None, self.corpus_folder
         if folder.exists("MANIFEST.json"):
             corpus = Corpus.open(folder, self.staging)
             digests = {digest for split in corpus.splits for digest in corpus.digests(split)}
@@ -114,8 +122,15 @@ class Pipeline:
             "config": self.run.model_dump(mode="json"),
         }
 
-    def tokenize(self) -> dict[str, Any]:
+    def _writing_to(self, folder: Location) -> None:
+        """Says at once when nothing can be written, and clears away what killed writers left in this folder days ago."""
         self.store.check_writable()
+        if ranks.rank() == 0:
+            with suppress(StoreError):  # may not be allowed; costs space alone
+                folder.sweep()
+
+    def tokenize(self) -> dict[str, Any]:
+        self._writing_to(self.corpus_folder)
         manifest = build_corpus(self.run.data, self.model, self.store)
         self.corpus()  # says now what would be refused later
         splits = manifest.facts.values()
@@ -126,7 +141,7 @@ class Pipeline:
         from distft.teacher.build import build_teacher
 
         corpus = self.corpus()
-        self.store.check_writable()
+        self._writing_to(self.store.child("teacher", self.teacher_id))
         scored = build_teacher(self.run, corpus, self.teacher, self.store)
         facts = scored.coverage.facts
         return {
@@ -140,21 +155,21 @@ class Pipeline:
 
         corpus = self.corpus()
         cache = self._cache(corpus)
-        self.store.check_writable()
+        self._writing_to(self.folder)
         with join_world() as world:
             return train_run(self.run, self.model, corpus, cache, self.store, self.staging, world)
 
     def export(self) -> dict[str, Any]:
         from distft.export import export_run
 
-        self.store.check_writable()
+        self._writing_to(self.folder)
         return export_run(self.run, self.model, self.run_identity, self.store, self.staging)
 
     def evaluate(self) -> dict[str, Any]:
         from distft.evaluate.stage import evaluate_run
 
         corpus = self.corpus()
-        self.store.check_writable()
+        self._writing_to(self.folder)
         return evaluate_run(self.run, self.model, self.run_identity, corpus, self._cache(corpus), self.store, self.staging)
 
     def report(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from distft import ranks
+
 PLAIN_EVERY_SECONDS = 10.0
 
 
@@ -21,8 +23,14 @@ class Meter(Protocol):
 
 
 def say(text: str) -> None:
-    """One line for a person."""
-    sys.stderr.write(text + "\n")
+    """A line for a person, from the leading rank alone."""
+    if ranks.rank() == 0:
+        complain(text)
+
+
+def complain(text: str) -> None:
+    """A line that must be seen whichever rank it comes from."""
+    sys.stderr.write(f"[rank {ranks.rank()}] {text}\n" if ranks.size() > 1 else f"{text}\n")
     sys.stderr.flush()
 
 
@@ -30,7 +38,7 @@ def say(text: str) -> None:
 def track(label: str, total: float | None, unit: str, *, done: float = 0.0) -> Iterator[Meter]:
     """Shows how far `label` is, with its rate and the time left. `done` is what an earlier, interrupted run left behind: it
     counts towards the total and not towards the rate."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and ranks.rank() == 0:
         with _bar(label, total, unit, done) as meter:
             yield meter
     else:

@@ -9,10 +9,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from distft import ranks
+
+PATIENCE = timedelta(hours=4)
+"""How long ranks wait for one that verifies, saves or measures; one that died is noticed at once, by its closed connection."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +51,12 @@ class World:
 @contextmanager
 def join_world() -> Iterator[World]:
     """The world that the environment describes; leaves it again at the end."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    ranks.check_launched()
+    if ranks.size() == 1:
         yield World()
         return
     # gloo carries the float64 sums that NCCL ranks also need on the host
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield World(rank=dist.get_rank(), size=dist.get_world_size())
     finally:

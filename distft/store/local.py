@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import time
 import uuid
@@ -24,12 +25,13 @@ COPY_BYTES = 16 << 20
 class LocalLocation(Location):
     """A folder of this machine's file system."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, root: Path | None = None) -> None:
+        """`root` is the folder that was opened; nothing below it may lead out of it."""
+        self.folder, self.root = folder, root or folder
         self.url = str(folder)
 
     def child(self, *names: str) -> LocalLocation:
-        return LocalLocation(self.folder.joinpath(*(check_name(name, self.url) for name in names)))
+        return LocalLocation(self.folder.joinpath(*(check_name(name, self.url) for name in names)), self.root)
 
     def exists(self, name: str) -> bool:
         with explained("look at", self._path(name)) as path:
@@ -95,11 +97,13 @@ class LocalLocation(Location):
             copy_file(source, path)
 
     def names(self, recursive: bool = False) -> list[str]:
+        self._check_inside(self.folder)
         with explained("list", self.folder):
             found = sorted(self._files(recursive))
         return [name for name in found if not is_partial(name)]
 
     def folders(self) -> list[str]:
+        self._check_inside(self.folder)
         with explained("list", self.folder):
             if not self.folder.is_dir():
                 return []
@@ -121,6 +125,7 @@ class LocalLocation(Location):
 
     def sweep(self, older_than_seconds: float = 86_400.0) -> list[str]:
         swept: list[str] = []
+        self._check_inside(self.folder)
         with explained("clean", self.folder):
             for name in self._files(recursive=True):
                 path = self.folder / name
@@ -139,14 +144,20 @@ class LocalLocation(Location):
 
     def _path(self, name: str) -> Path:
         path = self.folder / check_name(name, self.url)
-        # A link inside the store may not lead a reader out of it; the store's own folder may well be a link.
+        self._check_inside(path)
+        return path
+
+    def _check_inside(self, path: Path) -> None:
+        """A link inside the store may not lead out of it, or a cleaner would clean there; the store's own folder may be a link."""
         try:
-            inside = path.resolve().is_relative_to(self.folder.resolve())
+            inside = path.resolve().is_relative_to(self.root.resolve())
         except (OSError, RuntimeError):  # links that lead in a circle
             inside = False
         if not inside:
-            raise CorruptArtifactError(f"{path} is a link that leads out of its folder", where=self.url)
-        return path
+            raise CorruptArtifactError(
+                f"{path} leads out of the store {self.root} by a link", where=self.url,
+                help="Remove the link. To keep a store on another disk, make the store's own folder a link, or give its real path.",
+            )  # fmt: skip
 
     @contextlib.contextmanager
     def _partial(self, path: Path) -> Iterator[Path]:
@@ -165,6 +176,20 @@ class LocalLocation(Location):
             return
         for folder, _, files in os.walk(self.folder):
             yield from ((Path(folder) / file).relative_to(self.folder).as_posix() for file in files)
+
+
+@contextlib.contextmanager
+def exclusively(path: Path) -> Iterator[None]:
+    """One process of this machine at a time, by a lock file at `path`; freed by the system when its holder dies. For staging
+    alone: a store has no locks."""
+    with explained("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
@@ -243,8 +268,8 @@ def _missing(path: Path) -> MissingArtifactError:
 
 
 _HELP = {
-    errno.ENOSPC: ("no space left on the device", "Free some space (`distft cache prune`), or give another `store`."),
-    errno.EDQUOT: ("the disk quota is used up", "Free some space (`distft cache prune`), or give another `store`."),
+    errno.ENOSPC: ("no space left on the device", "Free some space there, or give another `store`."),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space there, or give another `store`."),
     errno.EROFS: ("the file system is read-only", "Give a `store` that can be written."),
     errno.EACCES: ("permission denied", "Give a `store` that this user may read and write, or change its permissions."),
     errno.EPERM: (

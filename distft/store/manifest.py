@@ -7,7 +7,6 @@ names and the clock are outside of every digest.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -25,7 +24,7 @@ from uuid import uuid4
 from distft.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from distft.progress import Meter
 from distft.store.digest import file_sha256
-from distft.store.local import explained
+from distft.store.local import exclusively, explained
 from distft.store.location import Location, check_name
 
 FORMAT: Final = "distft-manifest"
@@ -217,17 +216,11 @@ def fetch(folder: Location, entry: FileEntry, staging: Path) -> Path:
         return path
     check_name(entry.name, folder.url)
     target = staging / entry.sha256
-    with explained("write", staging):
-        staging.mkdir(parents=True, exist_ok=True)
-        lock = os.open(staging / f"{entry.sha256}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the system when its holder dies
+    with exclusively(staging / f"{entry.sha256}.lock"):
         if _problem(target, entry) is None:
             return target
         # A reply with wrong bytes may pass; bytes that are wrong in the store do not, so a second try decides.
         problem = _download(folder, entry, target) and _download(folder, entry, target)
-    finally:
-        os.close(lock)
     if problem:
         raise _corrupt(folder, f"{entry.name}: {problem}")
     return target

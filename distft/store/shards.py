@@ -186,7 +186,7 @@ def _sound(path: Path) -> Iterator[None]:
         with explained("read", path):
             yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, pa.ArrowSerializationError) as error:
-        help = "Verify the artifact it belongs to (`distft cache verify`)."
+        help = "Its bytes are those that were written: whoever wrote it was broken. Remove the artifact and make it again."
         raise CorruptArtifactError(f"{path} is not a sound Arrow file: {error}", where=str(path), help=help) from error
 
 

@@ -70,7 +70,7 @@ class Trouble(Enum):
             Trouble.ELSEWHERE: (f"bucket {bucket!r} is in another region ({said})", "Set AWS_DEFAULT_REGION to its region."),
             Trouble.FULL: (
                 f"no space left on {endpoint} ({said})",
-                "Free some space (`distft cache prune`), or use another.",
+                "Free some space there, or use another.",
             ),
             Trouble.SETTINGS: (
                 f"the S3 settings are not usable ({said})",

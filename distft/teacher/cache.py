@@ -21,7 +21,7 @@ from distft.errors import CorruptArtifactError, MissingArtifactError, StaleArtif
 from distft.objectives.loss import SparseRows
 from distft.objectives.treatment import Signals
 from distft.store.digest import file_sha256, files_sha256
-from distft.store.local import explained
+from distft.store.local import exclusively, explained
 from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, fetch, read_manifest
 from distft.store.nearest import nearest
@@ -103,14 +103,17 @@ def sparse_rows(scores: list[Scores]) -> SparseRows:
 
 
 def _staged(folder: Location, entry: FileEntry, staging: Path) -> Path:
-    """The shard, verified, then written uncompressed under its sha256, with the copy's own digest beside it."""
+    """The shard, verified, then written uncompressed under its sha256, with the copy's own digest beside it. Of the ranks of a
+    machine one does it while the others wait: between copy and digest, one would read the copy of another with the wrong seal."""
     target, seal = staging / f"{entry.sha256}.arrow", staging / f"{entry.sha256}.seal"
-    if target.exists() and seal.exists() and seal.read_text() == files_sha256([target])[target]:
-        return target
-    source = fetch(folder, entry, staging / "compressed")
-    with explained("write", staging):
-        staging.mkdir(parents=True, exist_ok=True)
-    partial = staging / f"{entry.sha256}.{uuid4().hex}"
+    with exclusively(staging / f"{entry.sha256}.arrow.lock"):
+        if not (target.exists() and seal.exists() and seal.read_text() == files_sha256([target])[target]):
+            _stage(fetch(folder, entry, staging / "compressed"), target, seal, staging)
+    return target
+
+
+def _stage(source: Path, target: Path, seal: Path, staging: Path) -> None:
+    partial = target.with_name(f"{target.name}.{uuid4().hex}")
     try:
         with (
             explained("write", staging),
@@ -125,7 +128,6 @@ def _staged(folder: Location, entry: FileEntry, staging: Path) -> Path:
             seal.write_text(digest)
     finally:
         partial.unlink(missing_ok=True)
-    return target
 
 
 def _not_there(store: Location, folder: Location, identity: dict[str, Any], wanted: set[str]) -> Exception:

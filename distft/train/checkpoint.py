@@ -1,12 +1,16 @@
 """Checkpoints without pickle: float32 weights and both Adam moments as safetensors, committed by a manifest, last.
 
-A checkpoint is complete or it is not one. Loading verifies every byte, and falls back to the one before, by name, when some are
+A checkpoint is complete or it is not one. One process writes a run's checkpoints: whoever starts last owns the run, and one that was
+thought dead finds out at its next save and stops (OWNER.json). Loading verifies every byte, and falls back to the one before, by name, when some are
 wrong. The randomness of a step is a function of (seed, step, rank), so no generator state needs keeping.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +29,7 @@ from distft.store.manifest import FileEntry, Manifest, commit, describe, differe
 from distft.store.put import put_file
 
 PARTS = ("weight", "exp_avg", "exp_avg_sq")
+OWNER = "OWNER.json"
 _FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -39,11 +44,19 @@ class Checkpoints:
 
     def __init__(self, folder: Location, identity: dict[str, Any], *, keep: int) -> None:
         self.folder, self.identity, self.keep = folder, identity, keep
+        self._claim: str | None = None
+
+    def claim(self) -> None:
+        """Makes this process the one that may save. Called by the leading rank alone, before it trains."""
+        self._claim = uuid4().hex
+        owner = {"claim": self._claim, "host": socket.gethostname(), "process": os.getpid()}
+        self.folder.replace(OWNER, json.dumps(owner).encode())
 
     def save(self, step: int, engine: Engine, facts: dict[str, Any]) -> None:
         """Commits step's checkpoint, then removes those that are too old. Called by the leading rank alone."""
         from safetensors.torch import save_file
 
+        self._check_owner()
         where = self.folder.child(f"step-{step:08d}")
         tensors: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
         for name, tensor in engine.tensors():
@@ -53,9 +66,21 @@ class Checkpoints:
         for part in PARTS:
             entries.append(put_file(where, part, "safetensors", partial(save_file, tensors[part]), {"part": part}))
         identity = {"step": step, "run": self.identity}
-        commit(where, Manifest(kind="checkpoint", identity=identity, files=tuple(entries), facts=facts))
+        ours = Manifest(kind="checkpoint", identity=identity, files=tuple(entries), facts=facts)
+        if commit(where, ours).files != ours.files:
+            for entry in entries:
+                where.delete(entry.name)
+            raise _taken_over(self.folder, f"step {step} was committed by another process")
+        self._check_owner()  # before anything is removed: the new owner may go on from what looks old here
         for old in self.steps()[: -self.keep]:
             _remove(self.folder.child(f"step-{old:08d}"))
+
+    def _check_owner(self) -> None:
+        if self._claim is None:
+            return
+        owner = json.loads(self.folder.read(OWNER))
+        if owner["claim"] != self._claim:
+            raise _taken_over(self.folder, f"process {owner['process']} on {owner['host']} has taken it over")
 
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint, oldest first."""
@@ -110,6 +135,13 @@ def read_tensors(where: Location, entry: FileEntry, staging: Path) -> Iterator[t
     with safe_open(fetch(where, entry, staging), framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  (safe_open is no dict)
             yield name, file.get_tensor(name)
+
+
+def _taken_over(folder: Location, how: str) -> StaleArtifactError:
+    return StaleArtifactError(
+        f"This run is trained by another process: {how}. This one stops; what it had committed stands.", where=folder.url,
+        help="Run one process on a run's name at a time, or give this one another `name`.",
+    )  # fmt: skip
 
 
 def _remove(where: Location) -> None:

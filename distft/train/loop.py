@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -75,11 +76,11 @@ def train(
             if log:
                 log.add({**line, "epoch": plan.epoch(step)})
             if last or _due(config.checkpoint.every_steps, step):
+                if log:
+                    log.flush()  # first: a checkpoint whose steps are not in the log would leave a hole in it
                 if world.leads:
                     facts = {"loss": loss, "drift": drifted.facts() if drifted else None, "total_steps": plan.total_steps}
                     checkpoints.save(step, engine, facts)
-                if log:
-                    log.flush()
                 world.barrier()
             meter.advance(note=f"loss {loss:.3f}" + (f", drift {drifted.kl:.4f}" if drifted else ""))
     return Finished(steps=plan.total_steps, loss=loss, drift=drifted)
@@ -89,10 +90,10 @@ def _keep_and_stop(
     step: int, engine: Engine, world: World, log: MetricsLog | None, checkpoints: Checkpoints, facts: dict[str, object]
 ) -> None:
     """Commits the last whole step, unless that was done, and ends the run."""
-    if world.leads and step > (checkpoints.steps() or [0])[-1]:
-        checkpoints.save(step, engine, facts)
     if log:
         log.flush()
+    if world.leads and step > (checkpoints.steps() or [0])[-1]:
+        checkpoints.save(step, engine, facts)
     world.barrier()
     raise Interrupted(f"Stopped after step {step}, which is kept.")
 
@@ -103,4 +104,4 @@ def _due(every: int | None, step: int) -> bool:
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """Dropout and the like draw the same numbers in a step whether or not the run was interrupted before it."""
-    return (seed * 1_000_003 + step) * 65_537 + rank
+    return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "big") >> 1

@@ -12,7 +12,7 @@ from distft.corpus.render import token_rows
 from distft.engine.load import load_model
 from distft.engine.local import LocalEngine
 from distft.engine.world import World, this_device
-from distft.errors import CorruptArtifactError
+from distft.errors import ConfigError, CorruptArtifactError
 from distft.store.location import Location
 from distft.store.model_folder import ModelFolder
 from distft.teacher.cache import TeacherCache
@@ -48,6 +48,14 @@ def train_run(
     if newest is not None and newest[1].identity["step"] >= plan.total_steps:
         return _result(folder, plan.total_steps, plan.total_steps, newest[1].facts)
 
+    if plan.total_steps <= run.train.warmup_steps:
+        raise ConfigError(
+            f"train.warmup_steps={run.train.warmup_steps} and the run has {plan.total_steps} steps: the rate would rise and never fall.",
+            where=f"{len(corpus.lengths('train')):,} documents, {int(corpus.lengths('train').sum()):,} tokens in an epoch",
+            help="Lower train.warmup_steps, or lower train.tokens_per_step or raise train.epochs for more steps.",
+        )  # fmt: skip
+    if world.leads:
+        checkpoints.claim()
     language_model = load_model(
         model, dtype=run.model.dtype, attention=run.model.attention, head_rows=token_rows(model), device=this_device()
     )
