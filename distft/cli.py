@@ -122,7 +122,12 @@ def demo(
 
         return run_demo(folder)
 
-    _guarded(whole, as_json, show=lambda result: say(result.pop("table")))
+    def show(result: dict[str, Any]) -> None:
+        from distft.report.page import comparison_table
+
+        say(f"\n{comparison_table(result['comparison'])}\n\n{result['page']}")
+
+    _guarded(whole, as_json, show=show)
 
 
 def _run_verb(

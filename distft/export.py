@@ -10,14 +10,17 @@ from typing import Any
 
 from distft.config.schema import Run
 from distft.errors import MissingArtifactError
-from distft.progress import track
+from distft.progress import say, track
 from distft.store.digest import file_sha256
-from distft.store.location import Location
+from distft.store.local import explained
+from distft.store.location import PARTIAL, Location
 from distft.store.manifest import FileEntry, Manifest, commit, read_manifest
 from distft.store.model_folder import ModelFolder
 from distft.store.put import fill
 from distft.train.checkpoint import Checkpoints, read_tensors
 from distft.train.identity import model_identity
+
+GENERATION = "generation_config.json"
 
 
 def export_run(run: Run, model: ModelFolder, run_identity: dict[str, Any], store: Location, staging: Path) -> dict[str, Any]:
@@ -25,22 +28,27 @@ def export_run(run: Run, model: ModelFolder, run_identity: dict[str, Any], store
 
     The files have the names that transformers wants, so they cannot be unique: what an interrupted export left is removed first,
     and only the manifest says that the folder is whole."""
-    folder = store.child("runs", run.name, "model")
-    newest = Checkpoints(store.child("runs", run.name, "checkpoints"), run_identity, keep=run.train.checkpoint.keep).newest()
+    run_folder = store.child("runs", run.name)
+    folder = run_folder.child("model")
+    newest = Checkpoints(run_folder.child("checkpoints"), run_identity, keep=run.train.checkpoint.keep).newest()
     if newest is None:
-        raise MissingArtifactError(f"The run {run.name} has no checkpoint.", where=store.child("runs", run.name).url,
+        raise MissingArtifactError(f"The run {run.name} has no checkpoint.", where=run_folder.url,
                                    help="Run `distft train` with this config first.")  # fmt: skip
     where, checkpoint = newest
+    step, total = checkpoint.identity["step"], checkpoint.facts["total_steps"]
+    if step < total:
+        say(f"The run is not finished: this is its model after step {step:,} of {total:,}.")
     identity = model_identity(run, checkpoint.identity)
+    result = {"model": folder.url, "step": step, "total_steps": total}
     there = read_manifest(folder)
     if there is not None and there.identity == identity:
-        return {"model": folder.url}
+        return result
     folder.delete("MANIFEST.json")
     for name in folder.names(recursive=True):
         folder.delete(name)
 
     weights = next(entry for entry in checkpoint.files if entry.facts["part"] == "weight")
-    with tempfile.TemporaryDirectory(dir=_beside(folder)) as scratch:
+    with tempfile.TemporaryDirectory(dir=_beside(run_folder), prefix=PARTIAL) as scratch:
         made = Path(scratch) / "model"
         _write_model(
             model, dict(read_tensors(where, weights, staging)), made, dtype=identity["dtype"], shard_bytes=run.export.shard_bytes
@@ -49,19 +57,19 @@ def export_run(run: Run, model: ModelFolder, run_identity: dict[str, Any], store
             fill(made / file.name, partial(shutil.copyfile, file))
         paths = sorted(path for path in made.iterdir() if path.is_file())
         entries = []
-        with track("export", sum(path.stat().st_size for path in paths) / 2**20, "MiB") as meter:
+        with track("export", sum(path.stat().st_size for path in paths), "bytes") as meter:
             for path in paths:
                 entries.append(FileEntry(name=path.name, size=path.stat().st_size, sha256=file_sha256(path)))
                 folder.upload(path.name, path)
-                meter.advance(entries[-1].size / 2**20)
+                meter.advance(entries[-1].size)
     commit(folder, Manifest(kind="model", identity=identity, files=tuple(entries)))
-    return {"model": folder.url}
+    return result
 
 
 def _write_model(source: ModelFolder, weights: dict[str, Any], target: Path, *, dtype: str, shard_bytes: int) -> None:
     """Builds the architecture with no weights of its own, puts the trained ones in, and lets transformers name them on disk."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     from distft.engine.load import DTYPES
@@ -76,15 +84,17 @@ def _write_model(source: ModelFolder, weights: dict[str, Any], target: Path, *, 
     bare = sorted(name for name, parameter in whole.named_parameters() if parameter.is_meta)
     if bare:
         raise RuntimeError(f"the checkpoint has no weights for {bare[:5]}")
-    if (source.path / "generation_config.json").exists():
-        whole.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
     fill(target, partial(whole.save_pretrained, max_shard_size=shard_bytes))
+    if source.generation_config():  # as its makers wrote it: transformers would refuse to save some of what it loads
+        fill(target / GENERATION, partial(shutil.copyfile, source.path / GENERATION))
 
 
-def _beside(folder: Location) -> Path | None:
-    """A place on the store's own file system, so that files are moved and not copied; the system's temporary one otherwise."""
-    path = folder.local("x")
+def _beside(run_folder: Location) -> Path | None:
+    """A place on the store's own file system, so that files are moved and not copied, and outside of the model's folder, whose
+    files are removed first; the system's temporary one otherwise."""
+    path = run_folder.local("model")
     if path is None:
         return None
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with explained("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     return path.parent

@@ -108,6 +108,7 @@ class Pipeline:
     def plan(self) -> dict[str, Any]:
         from distft.plan.artifacts import survey
 
+        self._check_tasks()
         digests, folder = None, self.corpus_folder
         if folder.exists("MANIFEST.json"):
             corpus = Corpus.open(folder, self.staging)
@@ -121,6 +122,11 @@ class Pipeline:
             "estimate": estimate.facts(),
             "config": self.run.model_dump(mode="json"),
         }
+
+    def _check_tasks(self) -> None:
+        from distft.evaluate.tasks import check_tasks
+
+        check_tasks(self.run.evaluate.tasks)
 
     def _writing_to(self, folder: Location) -> None:
         """Says at once when nothing can be written, and clears away what killed writers left in this folder days ago."""
@@ -138,11 +144,15 @@ class Pipeline:
         return {"corpus": self.store.child("corpus", manifest.id).url, **totals}
 
     def score(self) -> dict[str, Any]:
+        from distft.engine.memory import enough_memory
         from distft.teacher.build import build_teacher
 
         corpus = self.corpus()
         self._writing_to(self.store.child("teacher", self.teacher_id))
-        scored = build_teacher(self.run, corpus, self.teacher, self.store)
+        with enough_memory(
+            "Lower score.tokens_per_batch; what was scored so far is kept. `distft plan` estimates what is needed."
+        ):
+            scored = build_teacher(self.run, corpus, self.teacher, self.store)
         facts = scored.coverage.facts
         return {
             "teacher": scored.folder.url, "documents": facts["documents"], "documents_scored": scored.documents_scored,
@@ -150,13 +160,16 @@ class Pipeline:
         }  # fmt: skip
 
     def train(self) -> dict[str, Any]:
+        from distft.engine.memory import enough_memory
         from distft.engine.world import join_world
         from distft.train.stage import train_run
 
+        self._check_tasks()
         corpus = self.corpus()
         cache = self._cache(corpus)
         self._writing_to(self.folder)
-        with join_world() as world:
+        less = "Lower train.micro_batch_tokens, or set train.gradient_checkpointing=true: neither changes what is learned."
+        with enough_memory(less), join_world() as world:
             return train_run(self.run, self.model, corpus, cache, self.store, self.staging, world)
 
     def export(self) -> dict[str, Any]:
@@ -166,11 +179,13 @@ class Pipeline:
         return export_run(self.run, self.model, self.run_identity, self.store, self.staging)
 
     def evaluate(self) -> dict[str, Any]:
+        from distft.engine.memory import enough_memory
         from distft.evaluate.stage import evaluate_run
 
         corpus = self.corpus()
         self._writing_to(self.folder)
-        return evaluate_run(self.run, self.model, self.run_identity, corpus, self._cache(corpus), self.store, self.staging)
+        with enough_memory("Lower evaluate.tokens_per_batch."):
+            return evaluate_run(self.run, self.model, self.run_identity, corpus, self._cache(corpus), self.store, self.staging)
 
     def report(self) -> dict[str, Any]:
         from distft.report.page import write_report
@@ -183,6 +198,7 @@ class Pipeline:
 
     def run_all(self) -> dict[str, Any]:
         """Whatever is missing; what is there costs a look."""
+        self._check_tasks()
         results: dict[str, Any] = {}
         for verb, stage in self.stages():
             if verb == "score" and not self.run.needs_teacher:

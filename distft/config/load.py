@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from distft.config.schema import Run
 from distft.errors import ConfigError
+from distft.progress import say
 
 _EXAMPLES = "configs/ holds complete, commented examples."
 _OVERRIDE = "Write section.key=value, as in train.lr=2e-5 or evaluate.tasks[0].limit=100."
@@ -22,7 +23,7 @@ _OVERRIDE = "Write section.key=value, as in train.lr=2e-5 or evaluate.tasks[0].l
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Run:
     """The run in a file with overrides `section.key=value` laid over it, left to right."""
     document = _read(path)
-    for override in overrides:
+    for override in _kinds_first(overrides):
         _lay_over(document, override)
     return validate(document, where=str(path))
 
@@ -98,6 +99,17 @@ def _read(path: Path) -> dict[str, Any]:
     return document
 
 
+def _kinds_first(overrides: Sequence[str]) -> list[str]:
+    """The overrides with each section's kind before its other keys: a new kind sweeps out the old one's keys, not those beside it."""
+    ordered: list[str] = []
+    for override in overrides:
+        dotted = override.partition("=")[0]
+        section = dotted.removesuffix("kind") if dotted.endswith(".kind") else None
+        place = next((i for i, other in enumerate(ordered) if section and other.startswith(section)), len(ordered))
+        ordered.insert(place, override)
+    return ordered
+
+
 def _lay_over(document: dict[str, Any], override: str) -> None:
     """Values are not repeated in errors: what stands in the wrong place may be a secret."""
     dotted, equals, text = override.partition("=")
@@ -124,6 +136,9 @@ def _lay_over(document: dict[str, Any], override: str) -> None:
         raise ConfigError("The override would replace a whole section.", where=dotted, help="Override its keys one by one.")
     # Another kind brings other keys: those of the old kind would only be complained about.
     if last == "kind" and old not in (None, value):
+        dropped = sorted(key for key in section if key != last)
+        if dropped:
+            say(f"{dotted}={value}: the file's {', '.join(dropped)} belonged to kind {old} and counts no more")
         section.clear()
     section[last] = value
 

@@ -103,7 +103,7 @@ class Renderer:
         self.tokenizer, self.source = tokenizer, source
         self.bos: int | None = _default_bos(tokenizer)
         self.eos: int | None = None if tokenizer.eos_token_id is None else _id(tokenizer.eos_token_id)
-        self.template = None if source.format == "text" else _template(tokenizer)
+        self.template = None if source.format == "text" else chat_template(tokenizer)
         if source.format == "chat" and self.template is None:
             raise self._no_template("format: chat needs a chat template")
         # Byte-level post-processors may trim spaces off the offsets, and adding special tokens is done here.
@@ -194,7 +194,8 @@ def _default_bos(tokenizer: PreTrainedTokenizerFast) -> int | None:
     return bos if framed[:1] == [bos] != plain[:1] else None
 
 
-def _template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate | None:
+def chat_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate | None:
+    """The template that the tokenizer uses when none is asked for by name; None where it has none."""
     try:
         template = tokenizer.get_chat_template()
     except ValueError:  # it has none

@@ -48,7 +48,10 @@ def source_identity(source: Source) -> dict[str, Any]:
 
 def source_files(source: Source) -> list[Path]:
     """The files of a source in the order in which they are read; none for a `datasets` name."""
-    path = Path(source.path).expanduser()
+    try:
+        path = Path(source.path).expanduser()
+    except RuntimeError as error:  # ~someone who is not a user here
+        raise DataError(str(error), where=source.path, help="Write the path out.") from error
     if path.is_file():
         paths = [path]
     elif path.is_dir():

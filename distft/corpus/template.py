@@ -101,6 +101,10 @@ class ChatTemplate:
             spans.append((start, stop.end() if stop else end))
         return Chat(text=text, spans=tuple(spans), altered=altered, unended=unended)
 
+    def prompt(self, messages: list[Message], place: str) -> str:
+        """The chat's text up to where the assistant is to speak."""
+        return self._render(messages, place, prompt=True)[0]
+
     def _contents(self, messages: list[Message], turns: list[int], text: str, place: str) -> dict[int, Span]:
         """Where the contents of `turns` are in `text`, the plain rendering."""
         marks = _Marks(messages, place)
@@ -145,18 +149,19 @@ class ChatTemplate:
             return None
         return marks.places(rendered, text)
 
-    def _render(self, messages: list[Message], place: str) -> tuple[str, list[Span]]:
-        """The chat as text, and what lies between {% generation %} markers."""
+    def _render(self, messages: list[Message], place: str, *, prompt: bool = False) -> tuple[str, list[Span]]:
+        """The chat as text, and what lies between {% generation %} markers; a prompt has none."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        options: dict[str, Any] = {"return_assistant_tokens_mask": self.marked, **self.special}
+        marked = self.marked and not prompt
+        options: dict[str, Any] = {"return_assistant_tokens_mask": marked, "add_generation_prompt": prompt, **self.special}
         try:
             texts, spans = render_jinja_template([messages], chat_template=self.template, **options)
         except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             help = "Correct the roles, their order or the contents; the template is the model's own."
             raise DataError(f"the chat template refuses the row: {error}", where=place, help=help) from error
-        return texts[0], [(int(start), int(end)) for start, end in spans[0]] if self.marked else []
+        return texts[0], [(int(start), int(end)) for start, end in spans[0]] if marked else []
 
     def _turn_end(self, tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str] | None:
         """Matches what ends a turn, right after its content: the eos, or the added token that ends a trial answer."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from distft.errors import UserInputError
 from distft.progress import track
+from distft.store.local import explained
 
 INSTRUCTION = "Give the last word."
 WORDS = 4
@@ -76,7 +77,9 @@ def write_own_answers(path: Path, model_folder: Path, prompts: Sequence[str], *,
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    unfinished.replace(path)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with explained("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)

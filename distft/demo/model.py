@@ -12,12 +12,15 @@ import hashlib
 import os
 import re
 import tempfile
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distft.errors import UserInputError
 from distft.progress import track
+from distft.store.local import explained
+from distft.store.put import fill
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,10 +54,11 @@ def smollm2_folder(cache: Path) -> Path:
     if folder.is_dir():
         return folder
     source = _gguf_file()
-    cache.mkdir(parents=True, exist_ok=True)
+    with explained("write", cache):
+        cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=f".{NAME}-") as made:
         unfinished = Path(made) / NAME
-        _convert(source, unfinished)
+        fill(unfinished, partial(_convert, source))
         try:
             os.rename(unfinished, folder)
         except OSError:

@@ -17,7 +17,8 @@ from distft.demo.model import smollm2_folder
 from distft.demo.prompts import HELD_OUT
 from distft.pipeline import Pipeline
 from distft.progress import say
-from distft.report.page import comparison_rows, comparison_table, write_report
+from distft.report.page import comparison_rows, write_report
+from distft.store.local import explained
 from distft.store.location import open_location
 
 ARMS: dict[str, dict[str, Any]] = {"sft-kl": {"kind": "sft_kl", "kl": 0.5}, "sft": {"kind": "sft"}}
@@ -34,12 +35,13 @@ def run_demo(folder: Path) -> dict[str, Any]:
     for name, objective in ARMS.items():
         path = folder / f"{name}.yaml"
         run = run_file(folder, name, objective, model=model, data=data)
-        path.write_text(dump(run), encoding="utf-8")
+        with explained("write", path):
+            path.write_text(dump(run), encoding="utf-8")
         say(f"\n{name}: distft run {path}")
         results[name] = Pipeline(run).run_all()
     store = open_location(str(folder / "store"))
     page = write_report(store, list(ARMS), page=store, title="distft demo")
-    return {"page": page, "runs": results, "table": f"\n{comparison_table(comparison_rows(store, list(ARMS)))}\n\n{page}"}
+    return {"page": page, "runs": results, "comparison": comparison_rows(store, list(ARMS))}
 
 
 def run_file(folder: Path, name: str, objective: dict[str, Any], *, model: Path, data: Path) -> Run:

@@ -87,7 +87,8 @@ def take_apart(whole: Any, *, head_rows: int, where: str) -> LanguageModel:
             f"The model's logits are not finite. Weights that are not: {', '.join(bad[:5]) or 'none'}.", where=where,
             help="Take a sound checkpoint, or another dtype if all weights are finite.",
         )  # fmt: skip
-    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.25
+    # Both are the same sums of the same numbers but for the order, so bfloat16 may part them by a few of its steps (2^-8).
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 2e-2
     difference = float((own - ours).abs().max())
     if not difference <= tolerance * max(1.0, float(own.abs().max())):
         raise ModelError(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from distft.corpus.chat import chat_template
 from distft.engine.pack import batches_by_tokens
-from distft.errors import DataError, ModelError
+from distft.errors import ModelError
 from distft.progress import Meter
 from distft.store.model_folder import ModelFolder
 
@@ -23,7 +23,7 @@ def answers(
     from transformers import GenerationConfig
 
     stops = stops or [id for id in [tokenizer.eos_token_id] if id is not None]
-    rendered = [render_prompt(tokenizer, chat) for chat in chats]
+    rendered = render_prompts(tokenizer, chats)
     device, texts = next(whole.parameters()).device, [""] * len(chats)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*stops, 0)[0]  # masked, so that any will do
     whole.generation_config = GenerationConfig(
@@ -48,23 +48,19 @@ def answers(
 
 def stop_tokens(folder: ModelFolder, tokenizer: Any) -> list[int]:
     """Where an answer ends: the tokenizer's eos, and what generation_config.json adds to it."""
-    path = folder.path / "generation_config.json"
-    named = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+    named = folder.generation_config().get("eos_token_id")
     ends = named if isinstance(named, list) else [named]
     return sorted({end for end in [tokenizer.eos_token_id, *ends] if end is not None})
 
 
-def render_prompt(tokenizer: Any, chat: list[dict[str, Any]]) -> list[int]:
-    """Token ids up to where the assistant speaks."""
-    if not tokenizer.chat_template:
+def render_prompts(tokenizer: Any, chats: Sequence[list[dict[str, Any]]]) -> list[list[int]]:
+    """Token ids up to where the assistant speaks, by the template as the corpus reads it: with its clock stopped, or what is
+    measured would depend on the day."""
+    template = chat_template(tokenizer)
+    if template is None:
         raise ModelError(
             "The tokenizer has no chat template, and a generate task asks in chats.", where=str(tokenizer.name_or_path),
             help="Put a chat_template.jinja into the model's folder, or measure it by an nll task.",
         )  # fmt: skip
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template may raise whatever it likes
-        raise DataError(
-            f"The chat template refuses a prompt: {error}", where=str(chat)[:200], help="Correct that item's roles and contents."
-        ) from error
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    texts = [template.prompt(chat, place=f"prompt {number}: {str(chat)[:200]}") for number, chat in enumerate(chats, 1)]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,12 @@ from distft.teacher.cache import TeacherCache
 from distft.teacher.identity import documents_key
 from distft.train.batches import micro_batch
 from distft.train.drift import measure_drift
+from distft.train.identity import model_identity
+from distft.train.record import newest_checkpoint
 
 SUMMARY = "summary.json"
+FORMAT = "distft-eval-1"
+"""Changes when the same model and items would give other figures."""
 
 
 def evaluate_run(
@@ -45,7 +50,7 @@ def evaluate_run(
 ) -> dict[str, Any]:  # fmt: skip
     """Scores before and after, each with the artifact that holds its items; written to `runs/<name>/eval/summary.json` too."""
     folder = store.child("runs", run.name)
-    exported = _exported(folder.child("model"), run_identity)
+    exported = _exported(run, folder, run_identity)
     tuned = _as_folder(folder.child("model"), exported, staging)
     scores: dict[str, dict[str, Any]] = {}
     drift = None
@@ -92,7 +97,7 @@ class _Lazily:
 
 
 def _task(run: Run, task: GenerateTask | NllTask, model: _Lazily, store: Location) -> dict[str, Any]:
-    identity: dict[str, Any] = {"model": model.identity()}
+    identity: dict[str, Any] = {"format": FORMAT, "model": model.identity()}
     if isinstance(task, GenerateTask):
         items = read_items(task)
         asked = hashlib.sha256(json.dumps([(i.messages, i.answer) for i in items]).encode()).hexdigest()
@@ -116,6 +121,7 @@ def _task(run: Run, task: GenerateTask | NllTask, model: _Lazily, store: Locatio
 def _drift(run: Run, model: _Lazily, corpus: Corpus, cache: TeacherCache, store: Location) -> dict[str, Any]:
     """Measured once for a model, a teacher and a set of held-out documents."""
     identity = {
+        "format": FORMAT,
         "model": model.identity(),
         "teacher": cache.coverage.identity["teacher"],
         "documents": documents_key(corpus.digests("heldout")),
@@ -170,17 +176,26 @@ def _put(folder: Location, rows: list[dict[str, Any]]) -> FileEntry:
     return put_file(folder, "items", "jsonl", lambda path: path.write_text(text, encoding="utf-8"), {"rows": len(rows)})
 
 
-def _exported(folder: Location, run_identity: dict[str, Any]) -> Manifest:
-    """The exported model of this very run."""
-    manifest = read_manifest(folder)
+def _exported(run: Run, folder: Location, run_identity: dict[str, Any]) -> Manifest:
+    """The exported model of this very run, as it stands: one of an earlier step would be judged for the run."""
+    where = folder.child("model")
+    manifest = read_manifest(where)
     if manifest is None:
-        raise MissingArtifactError("The run has no exported model.", where=folder.url,
+        raise MissingArtifactError("The run has no exported model.", where=where.url,
                                    help="Run `distft export` with this config.")  # fmt: skip
     changed = differences(manifest.identity["checkpoint"]["run"], run_identity)
     if changed:
         raise StaleArtifactError(
-            f"The exported model is of another run of this name:\n{describe(changed)}", where=folder.url,
+            f"The exported model is of another run of this name:\n{describe(changed)}", where=where.url,
             help="Undo the change, or give the new run another `name`, and run `distft train` and `distft export` with it.",
+        )  # fmt: skip
+    newest = newest_checkpoint(folder.child("checkpoints"))
+    step = newest[1].identity["step"] if newest else manifest.identity["checkpoint"]["step"]  # checkpoints may have been removed
+    changed = differences(manifest.identity, model_identity(run, {"step": step, "run": run_identity}))
+    if changed:
+        raise StaleArtifactError(
+            f"The exported model is not of the newest checkpoint and these settings:\n{describe(changed)}", where=where.url,
+            help="Run `distft export` with this config.",
         )  # fmt: skip
     return manifest
 
@@ -196,6 +211,6 @@ def _as_folder(folder: Location, manifest: Manifest, staging: Path) -> ModelFold
     target.mkdir(parents=True, exist_ok=True)
     for entry in manifest.files:
         source, link = fetch(folder, entry, staging), target / entry.name
-        if not link.is_symlink():
+        with suppress(FileExistsError):  # another process makes the same links
             link.symlink_to(source.absolute())
     return resolve_model(str(target), None)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distft.config.schema import GenerateTask
+from distft.config.schema import GenerateTask, NllTask
+from distft.corpus.sources import rows
 from distft.errors import DataError
 
 _MEND = 'A line is {"prompt": text or messages, "answer": text or number}. Correct or remove it.'
-_SAID = {"role", "content"}
+_SAID = ("role", "content")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,13 +26,13 @@ class Item:
 
 def read_items(task: GenerateTask) -> list[Item]:
     """All items of a task, or its first `limit`; a bad line is an error that names it."""
-    path = Path(task.path)
     try:
+        path = Path(task.path).expanduser()
         lines = path.read_bytes().splitlines()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise DataError(
-            f"The task {task.name} cannot be read: {error.strerror}.",
-            where=str(path),
+            f"The task {task.name} cannot be read: {getattr(error, 'strerror', None) or error}.",
+            where=task.path,
             help="Check the task's `path`; it is relative to this folder.",
         ) from error
     items = []
@@ -44,6 +46,28 @@ def read_items(task: GenerateTask) -> list[Item]:
     return items
 
 
+def check_tasks(tasks: Sequence[GenerateTask | NllTask]) -> None:
+    """Reads what can be read of all tasks, before hours are spent on what they would measure. All problems make one error."""
+    problems: list[str] = []
+    for task in tasks:
+        try:
+            if isinstance(task, GenerateTask):
+                read_items(task)
+            else:
+                next(rows(task.source))
+        except DataError as error:
+            problems.append(f"  {task.name}: {error.problem}" + (f" ({error.where})" if error.where else ""))
+    if problems:
+        raise DataError(
+            "\n".join(["Tasks that cannot be evaluated:", *problems]), where="evaluate.tasks",
+            help="Correct those files or paths; nothing was done. Paths are relative to this folder.",
+        )  # fmt: skip
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in _SAID)
+
+
 def _item(line: bytes, *, where: str) -> Item:
     try:
         row = json.loads(line)
@@ -55,8 +79,8 @@ def _item(line: bytes, *, where: str) -> Item:
     prompt = row["prompt"]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) and m.keys() >= _SAID for m in prompt):
-        raise DataError("`prompt` is neither a string nor a list of {role, content}.", where=where, help=_MEND)
+    if not isinstance(prompt, list) or not prompt or not all(_is_message(message) for message in prompt):
+        raise DataError("`prompt` is neither a string nor a list of {role, content}, both strings.", where=where, help=_MEND)
     if not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool):
         raise DataError(f"`answer` is a {type(row['answer']).__name__}; a string or a number is wanted.", where=where, help=_MEND)
     return Item(messages=prompt, answer=str(row["answer"]))

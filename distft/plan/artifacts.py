@@ -14,6 +14,7 @@ from distft.store.model_folder import ModelFolder
 from distft.store.nearest import nearest
 from distft.teacher.identity import IDENTITY, documents_key, read_parts, teacher_folder
 from distft.train.identity import model_identity
+from distft.train.record import newest_checkpoint
 
 State = Literal["have", "partial", "stale", "missing"]
 
@@ -98,18 +99,11 @@ def _teacher(store: Location, identity: dict[str, Any], digests: set[str] | None
 
 def _run(run: Run, store: Location, identity: dict[str, Any]) -> list[Status]:
     folder = store.child("runs", run.name)
-    newest = _newest_checkpoint(folder.child("checkpoints"))
+    found = newest_checkpoint(folder.child("checkpoints"))
+    newest = found[1] if found else None
     model = read_manifest(folder.child("model"))
     exported = _model(run, newest, model, identity)
     return [_checkpoints(newest, identity), exported, _evaluation(run, folder, model, exported), _report(folder)]
-
-
-def _newest_checkpoint(folder: Location) -> Manifest | None:
-    for step in sorted((name for name in folder.folders() if name.startswith("step-")), reverse=True):
-        manifest = read_manifest(folder.child(step))
-        if manifest is not None:
-            return manifest
-    return None
 
 
 def _checkpoints(newest: Manifest | None, identity: dict[str, Any]) -> Status:

@@ -49,8 +49,13 @@ def estimate(run: Run, *, parameters: int, config: dict[str, Any], tokens: int |
         teacher_bytes_per_token=teacher_bytes_per_token(run),
         memory_per_rank=memory_per_rank(run, parameters, config),
         score_hours=None if tokens is None else 2 * parameters * tokens / pace,
-        train_hours=None if trained_tokens is None else passes * parameters * trained_tokens * run.train.epochs / pace,
+        train_hours=None if trained_tokens is None else passes * parameters * _all_tokens(run, trained_tokens) / pace,
     )
+
+
+def _all_tokens(run: Run, epoch_tokens: int) -> int:
+    tokens = epoch_tokens * run.train.epochs
+    return tokens if run.train.max_steps is None else min(tokens, run.train.max_steps * run.train.tokens_per_step)
 
 
 def teacher_bytes_per_token(run: Run) -> float:

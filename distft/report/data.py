@@ -18,10 +18,10 @@ from distft.errors import CorruptArtifactError, MissingArtifactError
 from distft.store.digest import memo_path
 from distft.store.location import Location
 from distft.store.manifest import Manifest, fetch, read_manifest
+from distft.train.record import newest_checkpoint, read_metrics
 
 _EVALUATION = re.compile(r"(?:^|/)eval/([0-9a-f]{16})/[^/]")
 _ROW = {"generate": {"prompt", "reference", "answer", "right"}, "nll": {"nll", "tokens"}}
-_STEP = re.compile(r"step-\d{8}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,8 @@ def _run(store: Location, name: str) -> RunData:
     if folder.child("eval").exists("summary.json"):
         evaluated = folder.child("eval")
         summary = _parsed(evaluated, "summary.json", lambda: json.loads(evaluated.read("summary.json")))
-    metrics, checkpoint = read_metrics(folder), _newest_checkpoint(folder)
+    metrics, newest = read_metrics(folder), newest_checkpoint(folder.child("checkpoints"))
+    checkpoint = newest[1] if newest else None
     model = read_manifest(folder.child("model"))
     try:
         heldout = (config.get("data") or {}).get("heldout")
@@ -131,29 +132,6 @@ def _run(store: Location, name: str) -> RunData:
         name=name, config=config, config_text=text, metrics=tuple(metrics), tasks=tasks, drift=drift, checkpoint=checkpoint,
         model=model, missing=tuple(missing),
     )  # fmt: skip
-
-
-def read_metrics(folder: Location) -> list[dict[str, Any]]:
-    """The log's whole lines; what a killed writer left at the end is no line. (`train.metrics` reads the same, but loads torch.)"""
-    if not folder.exists("metrics.jsonl"):
-        return []
-    text = folder.read("metrics.jsonl").decode(errors="replace")
-    whole = text[: text.rfind("\n") + 1]
-    lines = _parsed(folder, "metrics.jsonl", lambda: {"lines": [json.loads(line) for line in whole.splitlines()]})["lines"]
-    if not all(
-        isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("tokens"), int) for line in lines
-    ):
-        raise _unreadable(folder, "metrics.jsonl", TypeError("a line is no object with step and tokens"))
-    return lines
-
-
-def _newest_checkpoint(folder: Location) -> Manifest | None:
-    checkpoints = folder.child("checkpoints")
-    for step in sorted(filter(_STEP.fullmatch, checkpoints.folders()), reverse=True):
-        manifest = read_manifest(checkpoints.child(step))
-        if manifest is not None:
-            return manifest
-    return None
 
 
 def _task(store: Location, folder: Location, name: str, both: dict[str, Any], *, held: bool) -> TaskResult:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable
@@ -90,7 +91,11 @@ def memo_path() -> Path:
     if chosen:
         return Path(chosen) / "digests.json"
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "distft" / "digests.json"
+    try:
+        cache = Path(base) if base else Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in some containers
+        cache = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return cache / "distft" / "digests.json"
 
 
 def _read_memo() -> dict[str, str]:

@@ -87,6 +87,10 @@ class ModelFolder:
             "template": hashlib.sha256(template.encode()).hexdigest() if template else "",
         }
 
+    def generation_config(self) -> dict[str, Any]:
+        """What the model's makers advise for generation; empty where they say nothing."""
+        return self._json("generation_config.json") or {}
+
     def parameter_count(self) -> int:
         """Numbers in the weight files, from their headers; a tied matrix that is stored once counts once."""
         counts: dict[str, int] = {}
@@ -179,7 +183,10 @@ class ModelFolder:
 
 def resolve_model(path: str, revision: str | None) -> ModelFolder:
     """The folder at `path`, or that repository of the hub, downloaded where it is not cached yet."""
-    given = Path(path).expanduser()
+    try:
+        given = Path(path).expanduser()
+    except RuntimeError as error:  # ~someone who is not a user here
+        raise ModelError(str(error), where=path, help="Write the path out.") from error
     if given.is_dir():
         if revision is not None:
             raise ModelError(

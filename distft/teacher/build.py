@@ -23,11 +23,10 @@ from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, commit, read_manifest
 from distft.store.model_folder import ModelFolder
 from distft.store.shards import ShardWriter
-from distft.teacher.encode import SCHEMA, to_batch
+from distft.teacher.encode import SCHEMA, batches_by_entries, to_batch
 from distft.teacher.forward import Scores, score_documents
 from distft.teacher.identity import IDENTITY, documents_key, read_parts, scored_positions, teacher_folder, teacher_identity
 
-DOCUMENTS_PER_BATCH = 64
 PART_TOKENS = 1 << 20
 """The most tokens that an interruption can cost."""
 PARTS_AT_LEAST = 16
@@ -110,8 +109,7 @@ def _commit_part(folder: Location, documents: list[Document], scores: list[Score
     digests = [document.digest for document in documents]
     key = documents_key(digests)
     with ShardWriter(folder, f"part-{key}", SCHEMA) as writer:
-        for start in range(0, len(documents), DOCUMENTS_PER_BATCH):
-            rows = slice(start, start + DOCUMENTS_PER_BATCH)
+        for rows in batches_by_entries(scores):
             writer.write(to_batch(digests[rows], [len(d.tokens) for d in documents[rows]], scores[rows]))
     facts = {
         "digests": digests,

@@ -7,7 +7,7 @@ The ids and log-probabilities of a document lie flat, `counts` of them per token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,9 @@ import pyarrow as pa
 
 from distft.errors import CorruptArtifactError
 from distft.teacher.forward import Scores
+
+DOCUMENTS_PER_BATCH = 64
+ENTRIES_PER_BATCH = 1 << 26
 
 COLUMNS: dict[str, pa.DataType] = {
     "positions": pa.uint32(),
@@ -38,10 +41,23 @@ def to_batch(digests: Sequence[str], lengths: Sequence[int], scores: Sequence[Sc
     columns: list[pa.Array] = [pa.array(digests, pa.string()), pa.array(lengths, pa.uint32())]
     for name, kind in COLUMNS.items():
         values = [getattr(score, name) for score in scores]
-        offsets = np.concatenate([[0], np.cumsum([len(value) for value in values])]).astype(np.int32)
+        ends = np.concatenate([[0], np.cumsum([len(value) for value in values], dtype=np.int64)])
         flat = np.concatenate(values) if values else np.zeros(0)
-        columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, kind)))
+        # Arrow refuses an offset beyond 2^31 here; a cast in numpy would wrap it
+        columns.append(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(flat, kind)))
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def batches_by_entries(scores: Sequence[Scores]) -> Iterator[slice]:
+    """Consecutive documents for one record batch: few enough to be read at once, and within Arrow's 32-bit offsets."""
+    start = entries = 0
+    for index, score in enumerate(scores):
+        if index > start and (index - start >= DOCUMENTS_PER_BATCH or entries + len(score.ids) > ENTRIES_PER_BATCH):
+            yield slice(start, index)
+            start, entries = index, 0
+        entries += len(score.ids)
+    if scores:
+        yield slice(start, len(scores))
 
 
 def from_table(table: pa.Table, row: int, *, where: str) -> tuple[str, int, Scores]:

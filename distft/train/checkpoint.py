@@ -1,15 +1,16 @@
 """Checkpoints without pickle: float32 weights and both Adam moments as safetensors, committed by a manifest, last.
 
 A checkpoint is complete or it is not one. One process writes a run's checkpoints: whoever starts last owns the run, and one that was
-thought dead finds out at its next save and stops (OWNER.json). Loading verifies every byte, and falls back to the one before, by name, when some are
-wrong. The randomness of a step is a function of (seed, step, rank), so no generator state needs keeping.
+thought dead finds out at its next save and stops (OWNER.json).
+
+Loading verifies every byte, and falls back to the one before, by name, when some are wrong. The randomness of a step is a function of
+(seed, step, rank), so no generator state needs keeping.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,10 +28,10 @@ from distft.progress import say
 from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, commit, describe, differences, fetch, read_manifest
 from distft.store.put import put_file
+from distft.train.record import committed_steps, newest_checkpoint, step_folder
 
 PARTS = ("weight", "exp_avg", "exp_avg_sq")
 OWNER = "OWNER.json"
-_FOLDER = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,7 @@ class Checkpoints:
         from safetensors.torch import save_file
 
         self._check_owner()
-        where = self.folder.child(f"step-{step:08d}")
+        where = step_folder(self.folder, step)
         tensors: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
         for name, tensor in engine.tensors():
             part, _, parameter = name.partition("/")
@@ -73,7 +74,7 @@ class Checkpoints:
             raise _taken_over(self.folder, f"step {step} was committed by another process")
         self._check_owner()  # before anything is removed: the new owner may go on from what looks old here
         for old in self.steps()[: -self.keep]:
-            _remove(self.folder.child(f"step-{old:08d}"))
+            _remove(step_folder(self.folder, old))
 
     def _check_owner(self) -> None:
         if self._claim is None:
@@ -84,14 +85,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint, oldest first."""
-        found = (_FOLDER.fullmatch(name) for name in self.folder.folders())
-        numbers = sorted(int(match[1]) for match in found if match)
-        return [n for n in numbers if self.folder.child(f"step-{n:08d}").exists("MANIFEST.json")]
+        return committed_steps(self.folder)
 
     def restore(self, engine: Engine, staging: Path) -> Restored | None:
         """Puts the newest good checkpoint into the engine; None when there is none to go on from."""
         for step in reversed(self.steps()):
-            where = self.folder.child(f"step-{step:08d}")
+            where = step_folder(self.folder, step)
             try:
                 manifest = self._read(where)
                 tensors = {
@@ -109,16 +108,17 @@ class Checkpoints:
 
     def newest(self) -> tuple[Location, Manifest] | None:
         """The newest checkpoint's folder and manifest, its files unread."""
-        steps = self.steps()
-        if not steps:
-            return None
-        where = self.folder.child(f"step-{steps[-1]:08d}")
-        return where, self._read(where)
+        found = newest_checkpoint(self.folder)
+        return None if found is None else (found[0], self._own(*found))
 
     def _read(self, where: Location) -> Manifest:
         manifest = read_manifest(where)
         if manifest is None:
             raise CorruptArtifactError("The checkpoint's manifest vanished.", where=where.url)
+        return self._own(where, manifest)
+
+    def _own(self, where: Location, manifest: Manifest) -> Manifest:
+        """The manifest itself, when it is of this very run."""
         changed = differences(manifest.identity["run"], self.identity)
         if changed:
             raise StaleArtifactError(

@@ -11,11 +11,10 @@ import time
 from typing import Any
 
 from distft.engine.base import StepValues
-from distft.errors import MissingArtifactError
 from distft.store.local import explained
 from distft.store.location import Location
+from distft.train.record import METRICS, read_metrics
 
-NAME = "metrics.jsonl"
 REMOTE_EVERY_SECONDS = 30.0
 """An object store has no append: the file is put whole, so often and at checkpoints."""
 
@@ -29,7 +28,7 @@ class MetricsLog:
 
     def add(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
-        path = self.folder.local(NAME)
+        path = self.folder.local(METRICS)
         if path is not None:
             with explained("write", path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -38,17 +37,7 @@ class MetricsLog:
 
     def flush(self) -> None:
         self._put_at = time.monotonic()
-        self.folder.replace(NAME, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
-
-
-def read_metrics(folder: Location) -> list[dict[str, Any]]:
-    """The lines there are; a last line that was cut off by a kill is left out."""
-    try:
-        text = folder.read(NAME).decode()
-    except MissingArtifactError:
-        return []
-    whole = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()]
+        self.folder.replace(METRICS, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
 
 def step_line(step: int, values: StepValues, *, normaliser: float, tokens: int, lr: float, seconds: float) -> dict[str, Any]:

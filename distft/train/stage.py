@@ -34,6 +34,9 @@ def train_run(
     run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCache | None, store: Location, staging: Path, world: World
 ) -> dict[str, Any]:
     """Trains to the end; returns what `--json` prints. A run that is finished returns at once, without loading the model."""
+    if run.train.workers != "auto" and run.train.workers != world.size:
+        raise ConfigError(f"train.workers={run.train.workers}, and {world.size} ranks were launched.", where="train.workers",
+                          help="Leave it auto, or launch as many.")  # fmt: skip
     folder = store.child("runs", run.name)
     checkpoints = Checkpoints(
         folder.child("checkpoints"), run_identity(run, model, corpus, cache), keep=run.train.checkpoint.keep
@@ -50,7 +53,7 @@ def train_run(
 
     if plan.total_steps <= run.train.warmup_steps:
         raise ConfigError(
-            f"train.warmup_steps={run.train.warmup_steps} and the run has {plan.total_steps} steps: the rate would rise and never fall.",
+            f"train.warmup_steps={run.train.warmup_steps}, and the run has {plan.total_steps} steps: the rate would only rise.",
             where=f"{len(corpus.lengths('train')):,} documents, {int(corpus.lengths('train').sum()):,} tokens in an epoch",
             help="Lower train.warmup_steps, or lower train.tokens_per_step or raise train.epochs for more steps.",
         )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 
 from distft.engine.local import LocalEngine
 from distft.engine.world import World
-from distft.train.metrics import read_metrics
+from distft.train.record import read_metrics
 from tests.helpers.ranks import run_ranks
 from tests.helpers.stores import Lab, bits, lab, random_documents
 

@@ -300,3 +300,39 @@ def test_heldout_that_is_trained_on(bench: Bench) -> None:
 
 def test_an_objective_without_its_signals(bench: Bench) -> None:
     bench.refused("run", "score.distribution={kind: none}", status=2, says="needs the teacher's distribution")
+
+
+def test_tasks_are_read_before_anything_is_spent(bench: Bench) -> None:
+    """Not after a week of training. All bad ones are told at once."""
+    config = bench.config()
+    config["evaluate"]["tasks"] += [
+        {"kind": "generate", "name": "lost", "path": "absent-task.jsonl"},
+        {"kind": "nll", "name": "gone", "source": {"path": "absent.jsonl"}},
+        {"kind": "generate", "name": "odd", "path": str(bench.folder / "odd.jsonl")},
+    ]
+    bench.write(config)
+    (bench.folder / "odd.jsonl").write_text('{"prompt": [{"role": "user", "content": 3}], "answer": "x"}\n')
+    for verb in ("plan", "run", "train"):
+        told = bench.refused(verb, status=2, says="Tasks that cannot be evaluated").json["error"]
+        assert "lost: " in told
+        assert "gone: " in told
+        assert "odd: `prompt` is neither" in told
+    assert not bench.store.exists()
+
+
+def test_a_model_of_an_earlier_step_is_not_judged_for_the_run(finished: Bench) -> None:
+    checkpoints = finished.store / "runs" / "first" / "checkpoints"
+    newest = sorted(checkpoints.glob("step-*"))[-1]
+    shutil.rmtree(newest)
+    done = finished.run("export")
+    assert done.json["step"] < done.json["total_steps"] == 12
+    assert "The run is not finished" in done.err
+    finished.run("train")
+    finished.refused("evaluate", status=3, says="not of the newest checkpoint")
+    finished.run("export")
+    finished.run("evaluate")
+
+
+def test_a_generation_config_that_is_no_object(bench: Bench) -> None:
+    (bench.model / "generation_config.json").write_text("[1]")
+    bench.refused("run", status=2, says="a generation_config.json that is not a JSON object")

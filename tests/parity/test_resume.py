@@ -17,7 +17,7 @@ from distft.errors import MissingArtifactError, StaleArtifactError, TrainingErro
 from distft.stopping import Interrupted
 from distft.store.model_folder import resolve_model
 from distft.train.checkpoint import Checkpoints
-from distft.train.metrics import read_metrics
+from distft.train.record import read_metrics
 from tests.helpers.models import tiny_model_folder
 from tests.helpers.stores import Lab, bits, differing, lab, random_documents, shared_model, write_corpus
 

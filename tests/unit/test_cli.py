@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,3 +164,15 @@ def test_a_secret_in_the_store_is_refused_and_not_repeated(bench: Bench, store: 
         assert "hunter2" not in done.out + done.err
         assert done.json["help"]
     assert sorted(path.name for path in bench.folder.iterdir()) == before
+
+
+def test_every_command_that_a_message_names_exists() -> None:
+    """A help that sends people to a command that is not there is worse than none."""
+    package = Path(__file__).parents[2] / "distft"
+    named = {
+        (verb, str(path.relative_to(package)))
+        for path in package.rglob("*.py")
+        for verb in re.findall(r"`distft ([a-z]+)", path.read_text())
+    }
+    assert len(named) > 10
+    assert [one for one in sorted(named) if one[0] not in VERBS] == []

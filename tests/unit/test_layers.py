@@ -14,20 +14,20 @@ PACKAGE = Path(__file__).parents[2] / "distft"
 # A unit is a package or a part of one; the longest name that fits a module is its unit. Each may import itself and what stands here.
 # An objective's settings and its rule are one file, so the run file's schema stands on the catalog: both are `rules`.
 UNITS = {
-    "errors": "errors", "progress": "progress", "stopping": "stopping", "": "root",
+    "errors": "errors", "ranks": "ranks", "progress": "progress", "stopping": "stopping", "": "root",
     "config": "rules", "objectives": "rules", "objectives.loss": "loss",
     "store": "store", "store.model_folder": "model folder",
     "corpus": "corpus", "engine": "engine",
-    "teacher": "teacher", "teacher.identity": "identity", "train": "train", "train.identity": "identity",
+    "teacher": "teacher", "teacher.identity": "identity", "train": "train", "train.identity": "identity", "train.record": "identity",
     "evaluate": "evaluate", "export": "export", "plan": "plan", "report": "report", "annotate": "annotate",
     "cluster": "cluster", "pipeline": "pipeline", "demo": "demo", "cli": "cli",
 }  # fmt: skip
-VOICE = {"root", "errors", "progress"}
+VOICE = {"root", "errors", "ranks", "progress"}
 BASE = VOICE | {"rules"}
 STORE = BASE | {"store", "model folder"}
 CORE = STORE | {"corpus", "loss", "engine", "identity", "stopping"}
 MAY_IMPORT = {
-    "root": set(), "errors": set(), "progress": set(), "stopping": VOICE,
+    "root": set(), "errors": set(), "ranks": {"errors"}, "progress": {"errors", "ranks"}, "stopping": VOICE,
     "rules": VOICE,
     "store": STORE, "model folder": STORE,
     "loss": BASE,
@@ -52,6 +52,7 @@ HOMES = {"ray": ("cluster",), "deepspeed": ("engine.zero3",), "s3fs": ("store.s3
 WITHOUT_TORCH = {
     "root",
     "errors",
+    "ranks",
     "progress",
     "stopping",
     "rules",

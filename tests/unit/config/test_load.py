@@ -194,3 +194,18 @@ def test_the_document_is_not_changed() -> None:
     before = copy.deepcopy(document)
     validate(document, where="")
     assert document == before
+
+
+def test_a_kind_is_laid_over_before_the_keys_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = BASE + "objective: {kind: stm_kl, tau: 3.0, kl: 2.0}\n"
+    run = load(tmp_path, text, "train.lr=1e-4", "objective.kl=0.25", "objective.kind=sft_kl")
+    assert isinstance(run.objective, SftKl)
+    assert run.objective.kl == 0.25
+    assert "the file's kl, tau belonged to kind stm_kl" in capsys.readouterr().err
+    assert load(tmp_path, text, "objective.kl=0.25").objective.model_dump()["tau"] == 3.0
+    nested = load(
+        tmp_path, BASE, f"evaluate.tasks=[{TASK}]", "evaluate.tasks[0].judge.tolerance=1", "evaluate.tasks[0].judge.kind=number"
+    )
+    task = nested.evaluate.tasks[0]
+    assert isinstance(task, GenerateTask)
+    assert task.judge.model_dump() == {"kind": "number", "tolerance": 1.0}

@@ -12,7 +12,7 @@ import torch
 from distft.corpus.chat import load_tokenizer
 from distft.engine.load import load_model
 from distft.errors import DataError, ModelError
-from distft.evaluate.generate import answers, render_prompt, stop_tokens
+from distft.evaluate.generate import answers, render_prompts, stop_tokens
 from distft.store.model_folder import resolve_model
 from tests.helpers.models import tiny_model_folder
 
@@ -28,7 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
 
 def alone(whole: Any, tokenizer: Any, chat: list[dict[str, Any]], *, stops: list[int], length: int) -> list[int]:
     """The slow way: one token at a time, no cache, no padding."""
-    tokens = render_prompt(tokenizer, chat)
+    [tokens] = render_prompts(tokenizer, [chat])
     said: list[int] = []
     with torch.no_grad():
         while len(said) < length and not (said and said[-1] in stops):
@@ -81,11 +81,19 @@ def test_a_tokenizer_without_a_template(made: tuple[Any, Any, Any], monkeypatch:
     _, _, tokenizer = made
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(ModelError, match="no chat template"):
-        render_prompt(tokenizer, CHATS[0])
+        render_prompts(tokenizer, CHATS[:1])
 
 
 def test_a_template_that_refuses(made: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, tokenizer = made
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no such role') }}")
     with pytest.raises(DataError, match="no such role"):
-        render_prompt(tokenizer, CHATS[0])
+        render_prompts(tokenizer, CHATS[:1])
+
+
+def test_the_day_changes_no_prompt(made: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that writes the date must not make two days' figures differ; the corpus stops the same clock."""
+    _, _, tokenizer = made
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ strftime_now('%Y-%m-%d') }}: {{ messages[0].content }}")
+    [tokens] = render_prompts(tokenizer, [[{"role": "user", "content": "x"}]])
+    assert tokens == tokenizer("2024-07-26: x", add_special_tokens=False)["input_ids"]

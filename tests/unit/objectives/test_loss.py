@@ -408,3 +408,19 @@ def test_nothing_larger_than_a_chunk_of_logits_is_made(weights: str, softcap: fl
     assert watched.largest == chunk * vocabulary
     # Everything happens in the buffer of the logits, unless they are needed again.
     assert watched.most <= (6 if weights == "mixed" else 4 if softcap else 1)
+
+
+def test_bfloat16_gradients_are_scaled_in_float32() -> None:
+    """The factor is 1/normaliser: rounded to bfloat16 first it would be off by up to 0.4 %, the same way in every gradient."""
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 16, generator=random).bfloat16()
+    weight = torch.randn(37, 16, generator=random).bfloat16()
+    wanted = targets([1, 2, 3, 4, 5, 6], torch.tensor([[1.0, 0, 0, 0]] * 6), None)
+    whole, scaled = [], []
+    for found, factor in ((whole, 1.0), (scaled, 1 / 3.01)):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        loss, _ = token_loss(leaves[0], leaves[1], None, wanted, shape=LogitShape(rows=37))
+        (loss * factor).backward()
+        found.extend(leaf.grad for leaf in leaves)
+    for one, third in zip(whole, scaled, strict=True):
+        assert torch.equal(third, (one.float() * torch.tensor(1 / 3.01)).bfloat16())

@@ -18,7 +18,7 @@ from distft.report.data import read_runs
 from distft.report.page import comparison_rows, comparison_table, write_report
 from distft.report.table import LONGEST_NAME
 from distft.store.location import Location, open_location
-from distft.train.metrics import read_metrics
+from distft.train.record import read_metrics
 from tests.helpers.s3 import BUCKET, s3_environment, set_s3_environment
 from tests.unit.report.invented import ARMS, evaluation, generate_rows, invented_store, write_run
 

@@ -233,6 +233,25 @@ def test_a_link_inside_the_store_cannot_lead_out(tmp_path: Path) -> None:
     assert store.read("inner") == b"fine"
 
 
+def test_a_folder_that_leads_out_of_the_store_is_never_listed_cleaned_or_read(tmp_path: Path) -> None:
+    """An export removes what lies in its folder; through a link that would be someone else's."""
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "precious").write_bytes(b"1")
+    (foreign / ".partial-old").write_bytes(b"1")
+    root = tmp_path / "store"
+    (root / "runs").mkdir(parents=True)
+    (root / "runs" / "model").symlink_to(foreign)
+    model = open_location(str(root)).child("runs", "model")
+    for act in (
+        model.names, lambda: model.names(recursive=True), model.folders, lambda: model.sweep(0), lambda: model.delete("precious"),
+        lambda: model.read("precious"), lambda: model.create("new", b""), lambda: model.child("deeper").names(),
+    ):  # fmt: skip
+        with pytest.raises(CorruptArtifactError, match="leads out of the store"):
+            act()
+    assert sorted(path.name for path in foreign.iterdir()) == [".partial-old", "precious"]
+
+
 def test_the_store_itself_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "store").symlink_to(tmp_path / "disk")

@@ -15,7 +15,8 @@ from distft.errors import CorruptArtifactError
 from distft.store.location import open_location
 from distft.store.manifest import fetch
 from distft.store.shards import ShardWriter, read_shard
-from distft.teacher.encode import COLUMNS, SCHEMA, from_table, to_batch
+from distft.teacher import encode
+from distft.teacher.encode import COLUMNS, SCHEMA, batches_by_entries, from_table, to_batch
 from distft.teacher.forward import Scores
 
 
@@ -124,3 +125,25 @@ def test_offsets_that_point_outside_are_refused_before_they_are_used(tmp_path: P
         writer.write(damaged)
     with pytest.raises(CorruptArtifactError):
         read_shard(fetch(store, writer.entry, tmp_path / "staging"))
+
+
+@pytest.mark.parametrize(("counts", "expected"), [
+    ([], []),
+    ([[5]], [1]),
+    ([[99]], [1]),
+    ([[3], [3], [4], [1], [9], [99], [1]], [3, 2, 1, 1]),
+    ([[]] * 9, [4, 4, 1]),
+])  # fmt: skip
+def test_batches_stay_below_the_offsets_reach(
+    counts: list[list[int]], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "ENTRIES_PER_BATCH", 10)
+    monkeypatch.setattr(encode, "DOCUMENTS_PER_BATCH", 4)
+    found = list(batches_by_entries([scores_of(one) for one in counts]))
+    assert [part.stop - part.start for part in found] == expected
+    assert [row for part in found for row in range(part.start, part.stop)] == list(range(len(counts)))
+
+
+def test_an_offset_that_does_not_fit_is_an_error_not_another_number() -> None:
+    with pytest.raises(pa.ArrowInvalid):
+        pa.array(np.array([0, 2**31], np.int64), pa.int32())
