@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distft.config.schema import Run
-from distft.errors import MissingArtifactError
+from distft.errors import CorruptArtifactError, MissingArtifactError
 from distft.progress import say, track
 from distft.store.digest import file_sha256
 from distft.store.local import explained
@@ -17,7 +17,7 @@ from distft.store.location import PARTIAL, Location
 from distft.store.manifest import FileEntry, Manifest, commit, read_manifest
 from distft.store.model_folder import ModelFolder
 from distft.store.put import fill
-from distft.train.checkpoint import Checkpoints, read_tensors
+from distft.train.checkpoint import Checkpoints, read_tensors, set_aside
 from distft.train.identity import model_identity
 
 GENERATION = "generation_config.json"
@@ -43,16 +43,21 @@ def export_run(run: Run, model: ModelFolder, run_identity: dict[str, Any], store
     there = read_manifest(folder)
     if there is not None and there.identity == identity:
         return result
+    entry = next(entry for entry in checkpoint.files if entry.facts["part"] == "weight")
+    try:
+        weights = dict(read_tensors(where, entry, staging))
+    except CorruptArtifactError as error:
+        set_aside(where)
+        raise CorruptArtifactError(
+            f"The checkpoint of step {step:,} is damaged and was set aside: {error.problem}", where=where.url,
+            help="Run `distft train`, which goes on from the checkpoint before it, then `distft export` again.",
+        ) from error  # fmt: skip
     folder.delete("MANIFEST.json")
     for name in folder.names(recursive=True):
         folder.delete(name)
-
-    weights = next(entry for entry in checkpoint.files if entry.facts["part"] == "weight")
     with tempfile.TemporaryDirectory(dir=_beside(run_folder), prefix=PARTIAL) as scratch:
         made = Path(scratch) / "model"
-        _write_model(
-            model, dict(read_tensors(where, weights, staging)), made, dtype=identity["dtype"], shard_bytes=run.export.shard_bytes
-        )
+        _write_model(model, weights, made, dtype=identity["dtype"], shard_bytes=run.export.shard_bytes)
         for file in model.tokenizer_files():
             fill(made / file.name, partial(shutil.copyfile, file))
         paths = sorted(path for path in made.iterdir() if path.is_file())

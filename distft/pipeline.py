@@ -164,9 +164,9 @@ class Pipeline:
         from distft.engine.world import join_world
         from distft.train.stage import train_run
 
-        self._check_tasks()
         corpus = self.corpus()
         cache = self._cache(corpus)
+        self._check_tasks()
         self._writing_to(self.folder)
         less = "Lower train.micro_batch_tokens, or set train.gradient_checkpointing=true: neither changes what is learned."
         with enough_memory(less), join_world() as world:

@@ -21,6 +21,10 @@ def rank() -> int:
 
 def check_launched() -> None:
     """Refuses a world that was described by halves: joining it would hang or name a variable that no user knows."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        text = os.environ.get(name, "0")
+        if not text.isdecimal():
+            raise ConfigError(f"{name}={text!r} is no number.", where="environment", help="torchrun sets it; else unset it.")
     missing = [name for name in _NEEDED if name not in os.environ] if size() > 1 else []
     if missing:
         raise ConfigError(
@@ -30,7 +34,5 @@ def check_launched() -> None:
 
 
 def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    if text and not text.isdecimal():
-        raise ConfigError(f"{name}={text!r} is no number.", where="environment", help="torchrun sets it; else unset it.")
-    return int(text) if text else default
+    text = os.environ.get(name, "")  # what is no number is complained about where it matters, not by whoever prints
+    return int(text) if text.isdecimal() else default

@@ -56,9 +56,12 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+    def __exit__(self, *failure: object) -> None:
+        if self.pool is None:
+            return
+        if failure[0] is not None:
+            _kill(self.pool)
+        self.pool.shutdown(cancel_futures=True)
 
     def map(self, split: str, chunks: Iterator[Chunk]) -> Iterator[Result]:
         """The result of each chunk, in the chunks' order; a few are under way at once, so memory stays bounded."""
@@ -84,6 +87,13 @@ class Workers:
                 where=f"data.workers={self.count}",
                 help="Run the command again: it goes on from the last part. Fewer data.workers need less memory.",
             ) from error
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """Ends the pool's processes. Its own shutdown waits for ever for one that was started while the pool was breaking: the pool ends
+    those it knows of, then waits for all. (Python 3.14 has `kill_workers`, which reads the same dictionary.)"""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
 
 
 _encode: _Encoder | None = None

@@ -107,7 +107,7 @@ class LocalLocation(Location):
         with explained("list", self.folder):
             if not self.folder.is_dir():
                 return []
-            return sorted(entry.name for entry in self.folder.iterdir() if entry.is_dir())
+            return sorted(entry.name for entry in self.folder.iterdir() if entry.is_dir() and not is_partial(entry.name))
 
     def delete(self, name: str) -> None:
         path = self._path(name)
@@ -133,6 +133,10 @@ class LocalLocation(Location):
                     if is_partial(name) and time.time() - path.lstat().st_mtime >= older_than_seconds:
                         os.unlink(path)
                         swept.append(name)
+            for folder, _, _ in os.walk(self.folder, topdown=False):
+                if is_partial(Path(folder).relative_to(self.folder).as_posix()):
+                    with contextlib.suppress(OSError):  # holds what is too young to go
+                        os.rmdir(folder)
         return sorted(swept)
 
     def _probe(self) -> None:

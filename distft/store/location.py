@@ -152,5 +152,5 @@ def check_name(name: str, where: str) -> str:
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file is one that its writer has not finished."""
-    return name.rpartition("/")[2].startswith(PARTIAL)
+    """Whether a file is one that its writer has not finished, or lies in such a folder."""
+    return any(part.startswith(PARTIAL) for part in name.split("/"))

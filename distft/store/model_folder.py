@@ -206,6 +206,7 @@ def resolve_model(path: str, revision: str | None) -> ModelFolder:
             "auto_map in config.json: it brings its own Python code, which is not run",
             "Use a model whose architecture transformers has; if it has it by now, remove auto_map from a copy of the folder.",
         )
+    model.generation_config()  # transformers reads it when it loads the weights, and stumbles
     return ModelFolder(folder, config)
 
 

@@ -100,7 +100,7 @@ class Checkpoints:
                 }
             except CorruptArtifactError as error:
                 say(f"{error}\nGoing on from the checkpoint before it; the bad one is set aside.")
-                _set_aside(where)
+                set_aside(where)
                 continue
             engine.restore(tensors, optimizer_steps=step)
             return Restored(step=step, facts=manifest.facts)
@@ -151,8 +151,8 @@ def _remove(where: Location) -> None:
         where.delete(name)
 
 
-def _set_aside(where: Location) -> None:
-    """Keeps the bytes for whoever wants to look, and takes the name that made them a checkpoint."""
+def set_aside(where: Location) -> None:
+    """Takes a damaged checkpoint out of the run: keeps the bytes for whoever wants to look, and takes the name that made them one."""
     with suppress(MissingArtifactError):  # another rank was first
         where.create(f"SET-ASIDE-{uuid4().hex}.json", where.read("MANIFEST.json"))
     where.delete("MANIFEST.json")

@@ -51,9 +51,9 @@ def train_run(
     if newest is not None and newest[1].identity["step"] >= plan.total_steps:
         return _result(folder, plan.total_steps, plan.total_steps, newest[1].facts)
 
-    if plan.total_steps <= run.train.warmup_steps:
+    if plan.total_steps < run.train.warmup_steps:
         raise ConfigError(
-            f"train.warmup_steps={run.train.warmup_steps}, and the run has {plan.total_steps} steps: the rate would only rise.",
+            f"train.warmup_steps={run.train.warmup_steps}, and the run has {plan.total_steps} steps: train.lr would never be reached.",
             where=f"{len(corpus.lengths('train')):,} documents, {int(corpus.lengths('train').sum()):,} tokens in an epoch",
             help="Lower train.warmup_steps, or lower train.tokens_per_step or raise train.epochs for more steps.",
         )  # fmt: skip

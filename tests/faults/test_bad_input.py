@@ -312,7 +312,7 @@ def test_tasks_are_read_before_anything_is_spent(bench: Bench) -> None:
     ]
     bench.write(config)
     (bench.folder / "odd.jsonl").write_text('{"prompt": [{"role": "user", "content": 3}], "answer": "x"}\n')
-    for verb in ("plan", "run", "train"):
+    for verb in ("plan", "run"):
         told = bench.refused(verb, status=2, says="Tasks that cannot be evaluated").json["error"]
         assert "lost: " in told
         assert "gone: " in told

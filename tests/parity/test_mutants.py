@@ -146,7 +146,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant("distft.store.manifest:_problem", "return None if found == entry.sha256", "return None if found"),
         [guard(test_resume.test_a_damaged_checkpoint_is_named_and_the_one_before_serves, damage="weight")]),
     "a checkpoint of other settings is taken up": (
-        Mutant("distft.train.checkpoint:Checkpoints._read", "if changed:", "if False:"),
+        Mutant("distft.train.checkpoint:Checkpoints._own", "if changed:", "if False:"),
         [guard(test_resume.test_a_run_is_not_taken_up_under_other_settings, change="lr")]),
     # --- the cache
     "a shard's bytes are not checked": (

@@ -65,6 +65,7 @@ def test_everything_once(bench: Bench, where: str, request: pytest.FixtureReques
         "teacher/*/IDENTITY.json", "teacher/*/coverage/*.json", "teacher/*/parts/*.json", "teacher/*/data/part-*-*.arrow",
         "eval/*/MANIFEST.json", "eval/*/data/items-*.jsonl",
         "runs/first/config.yaml", "runs/first/metrics.jsonl", "runs/first/report.html", "runs/first/eval/summary.json",
+        "runs/first/checkpoints/OWNER.json",
         "runs/first/checkpoints/step-*/MANIFEST.json", "runs/first/checkpoints/step-*/data/weight-*.safetensors",
         "runs/first/checkpoints/step-*/data/exp_avg-*.safetensors", "runs/first/checkpoints/step-*/data/exp_avg_sq-*.safetensors",
         "runs/first/model/MANIFEST.json", "runs/first/model/model.safetensors", "runs/first/model/config.json",

@@ -20,7 +20,7 @@ UNITS = {
     "corpus": "corpus", "engine": "engine",
     "teacher": "teacher", "teacher.identity": "identity", "train": "train", "train.identity": "identity", "train.record": "identity",
     "evaluate": "evaluate", "export": "export", "plan": "plan", "report": "report", "annotate": "annotate",
-    "cluster": "cluster", "pipeline": "pipeline", "demo": "demo", "cli": "cli",
+    "cluster": "cluster", "pipeline": "pipeline", "demo": "demo", "cli": "cli", "__main__": "cli",
 }  # fmt: skip
 VOICE = {"root", "errors", "ranks", "progress"}
 BASE = VOICE | {"rules"}

@@ -33,6 +33,11 @@ def test_each_plans_on_a_model(path: Path, bench: Bench) -> None:
     config |= {"model": config["model"] | {"path": str(bench.model)}, "store": own["store"]}
     for split in config["data"].keys() & own["data"].keys() - {"max_tokens"}:
         config["data"][split]["path"] = own["data"][split]["path"]
+    for task in config["evaluate"]["tasks"]:
+        if task["kind"] == "generate":
+            task["path"] = str(bench.folder / "task.jsonl")
+        else:
+            task["source"]["path"] = own["data"]["heldout"]["path"]
     bench.write(config)
     assert set(bench.plan().values()) == {"missing"}
     bench.refused("plan", f"model.path={bench.folder / 'nowhere'}", status=2, says="neither a folder nor reachable on the hub")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -194,7 +195,8 @@ def test_a_worker_that_dies_is_told(config: Data, model: ModelFolder, store: Loc
     def killing(pool: Any, *args: Any) -> Any:
         future = start(pool, *args)
         for process in list(pool._processes.values()):
-            os.kill(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
         return future
 
     monkeypatch.setattr(workers.ProcessPoolExecutor, "submit", killing)

@@ -1,4 +1,4 @@
-"""A model whose forward does something to its logits that we do not know is refused in every dtype, not trained towards other logits."""
+"""A model whose forward does something to its logits that we do not know is refused, in every dtype."""
 
 from __future__ import annotations
 
