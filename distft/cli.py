@@ -118,6 +118,7 @@ def demo(
     """The whole pipeline on a real small model, on this machine."""
 
     def whole() -> dict[str, Any]:
+        _refuse_ranks()
         from distft.demo.run import run_demo
 
         return run_demo(folder)
@@ -137,11 +138,8 @@ def _run_verb(
     """`by_ranks`: a verb that a launched group of processes does together; others would do the same work side by side."""
 
     def work() -> dict[str, Any]:
-        if ranks.size() > 1 and not by_ranks:
-            raise ConfigError(
-                f"{ranks.size()} ranks were launched (WORLD_SIZE), and of all verbs `train` alone shares its work among ranks.",
-                where="environment", help="Run this verb once, without torchrun; or unset WORLD_SIZE.",
-            )  # fmt: skip
+        if not by_ranks:
+            _refuse_ranks()
         from distft.config.check import check_run
         from distft.config.load import load_config
 
@@ -152,6 +150,14 @@ def _run_verb(
         return verb(Pipeline(loaded))
 
     _guarded(work, as_json, show=show or _show)
+
+
+def _refuse_ranks() -> None:
+    if ranks.size() > 1:
+        raise ConfigError(
+            f"{ranks.size()} ranks were launched (WORLD_SIZE), and of all verbs `train` alone shares its work among ranks.",
+            where="environment", help="Run this verb once, without torchrun; or unset WORLD_SIZE.",
+        )  # fmt: skip
 
 
 def _guarded(work: Callable[[], dict[str, Any]], as_json: bool, *, show: Callable[[dict[str, Any]], None]) -> None:
@@ -215,7 +221,3 @@ def _show_plan(result: dict[str, Any]) -> None:
     from distft.plan.show import plan_text
 
     say(plan_text(result))
-
-
-if __name__ == "__main__":
-    main()

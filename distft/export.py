@@ -12,7 +12,6 @@ from distft.config.schema import Run
 from distft.errors import CorruptArtifactError, MissingArtifactError
 from distft.progress import say, track
 from distft.store.digest import file_sha256
-from distft.store.local import explained
 from distft.store.location import PARTIAL, Location
 from distft.store.manifest import FileEntry, Manifest, commit, read_manifest
 from distft.store.model_folder import ModelFolder
@@ -30,7 +29,8 @@ def export_run(run: Run, model: ModelFolder, run_identity: dict[str, Any], store
     and only the manifest says that the folder is whole."""
     run_folder = store.child("runs", run.name)
     folder = run_folder.child("model")
-    newest = Checkpoints(run_folder.child("checkpoints"), run_identity, keep=run.train.checkpoint.keep).newest()
+    checkpoints = Checkpoints(run_folder.child("checkpoints"), run_identity, keep=run.train.checkpoint.keep)
+    newest = checkpoints.newest()
     if newest is None:
         raise MissingArtifactError(f"The run {run.name} has no checkpoint.", where=run_folder.url,
                                    help="Run `distft train` with this config first.")  # fmt: skip
@@ -47,10 +47,13 @@ def export_run(run: Run, model: ModelFolder, run_identity: dict[str, Any], store
     try:
         weights = dict(read_tensors(where, entry, staging))
     except CorruptArtifactError as error:
+        if step not in checkpoints.steps():
+            raise MissingArtifactError(f"The checkpoint of step {step:,} was removed while it was read.", where=where.url,
+                                       help="Training goes on. Run `distft export` again.") from error  # fmt: skip
         set_aside(where)
         raise CorruptArtifactError(
             f"The checkpoint of step {step:,} is damaged and was set aside: {error.problem}", where=where.url,
-            help="Run `distft train`, which goes on from the checkpoint before it, then `distft export` again.",
+            help="Run `distft train`, which goes on from the one before it if there is one, then `distft export` again.",
         ) from error  # fmt: skip
     folder.delete("MANIFEST.json")
     for name in folder.names(recursive=True):
@@ -95,11 +98,6 @@ def _write_model(source: ModelFolder, weights: dict[str, Any], target: Path, *, 
 
 
 def _beside(run_folder: Location) -> Path | None:
-    """A place on the store's own file system, so that files are moved and not copied, and outside of the model's folder, whose
-    files are removed first; the system's temporary one otherwise."""
+    """A place on the store's own file system, so that files are moved and not copied; None, the system's temporary one, on S3."""
     path = run_folder.local("model")
-    if path is None:
-        return None
-    with explained("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    return path.parent
+    return None if path is None else path.parent

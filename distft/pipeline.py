@@ -107,19 +107,23 @@ class Pipeline:
 
     def plan(self) -> dict[str, Any]:
         from distft.plan.artifacts import survey
+        from distft.train.order import StepPlan
+        from distft.train.schedule import check_warmup
 
         self._check_tasks()
-        digests, folder = None, self.corpus_folder
-        if folder.exists("MANIFEST.json"):
-            corpus = Corpus.open(folder, self.staging)
+        digests = steps = None
+        if self.corpus_folder.exists("MANIFEST.json"):
+            corpus = self.corpus()
             digests = {digest for split in corpus.splits for digest in corpus.digests(split)}
+            steps = StepPlan(corpus.lengths("train"), self.run.train).total_steps
+            check_warmup(self.run.train, steps)
         statuses, estimate = survey(
             self.run, self.model, self.store, corpus_identity=self.corpus_identity, digests=digests,
             teacher_identity=self.teacher_identity if self.run.needs_teacher else None, run_identity=self.run_identity,
         )  # fmt: skip
         return {
             "artifacts": [status.facts() for status in statuses],
-            "estimate": estimate.facts(),
+            "estimate": {**estimate.facts(), "steps": steps},
             "config": self.run.model_dump(mode="json"),
         }
 
@@ -166,7 +170,6 @@ class Pipeline:
 
         corpus = self.corpus()
         cache = self._cache(corpus)
-        self._check_tasks()
         self._writing_to(self.folder)
         less = "Lower train.micro_batch_tokens, or set train.gradient_checkpointing=true: neither changes what is learned."
         with enough_memory(less), join_world() as world:
@@ -183,7 +186,7 @@ class Pipeline:
         from distft.evaluate.stage import evaluate_run
 
         corpus = self.corpus()
-        self._writing_to(self.folder)
+        self._writing_to(self.store.child("eval"))
         with enough_memory("Lower evaluate.tokens_per_batch."):
             return evaluate_run(self.run, self.model, self.run_identity, corpus, self._cache(corpus), self.store, self.staging)
 

@@ -25,6 +25,9 @@ def check_launched() -> None:
         text = os.environ.get(name, "0")
         if not text.isdecimal():
             raise ConfigError(f"{name}={text!r} is no number.", where="environment", help="torchrun sets it; else unset it.")
+    if not 0 <= rank() < size():
+        raise ConfigError(f"RANK={rank()} of WORLD_SIZE={size()} is no rank.", where="environment",
+                          help="torchrun sets both; else unset them.")  # fmt: skip
     missing = [name for name in _NEEDED if name not in os.environ] if size() > 1 else []
     if missing:
         raise ConfigError(

@@ -100,12 +100,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _kinds_first(overrides: Sequence[str]) -> list[str]:
-    """The overrides with each section's kind before its other keys: a new kind sweeps out the old one's keys, not those beside it."""
+    """The overrides with each section's kind before its other keys: a new kind sweeps out the old one's keys, not those beside it.
+    It never passes an earlier word on the same kind, or one on the section as a whole: of two, the last counts."""
     ordered: list[str] = []
     for override in overrides:
-        dotted = override.partition("=")[0]
+        dotted, place = override.partition("=")[0], len(ordered)
         section = dotted.removesuffix("kind") if dotted.endswith(".kind") else None
-        place = next((i for i, other in enumerate(ordered) if section and other.startswith(section)), len(ordered))
+        for index in reversed(range(len(ordered))):
+            other = ordered[index].partition("=")[0]
+            if section is None or other == dotted or section.startswith((f"{other}.", f"{other}[")):
+                break
+            if other.startswith(section):
+                place = index
         ordered.insert(place, override)
     return ordered
 
@@ -138,7 +144,7 @@ def _lay_over(document: dict[str, Any], override: str) -> None:
     if last == "kind" and old not in (None, value):
         dropped = sorted(key for key in section if key != last)
         if dropped:
-            say(f"{dotted}={value}: the file's {', '.join(dropped)} belonged to kind {old} and counts no more")
+            say(f"{dotted}={value}: {', '.join(dropped)} belonged to kind {old} and count no more")
         section.clear()
     section[last] = value
 

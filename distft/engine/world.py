@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distft import ranks
+from distft.errors import DistftError
 
 PATIENCE = timedelta(hours=4)
-"""How long ranks wait for one that verifies, saves or measures; one that died is noticed at once, by its closed connection."""
+"""How long ranks wait for one that verifies, saves or measures. Whoever launched them notices one that died, and ends the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,13 @@ def join_world() -> Iterator[World]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield World(rank=dist.get_rank(), size=dist.get_world_size())
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise DistftError(
+            f"Another rank is gone: {str(error).splitlines()[0][:200]}", where=f"rank {ranks.rank()}",
+            help="What it said before it stopped is the cause. The same command goes on from the last checkpoint.",
+        ) from error  # fmt: skip
     finally:
         dist.destroy_process_group()
 

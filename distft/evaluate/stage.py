@@ -27,7 +27,7 @@ from distft.evaluate.generate import answers, stop_tokens
 from distft.evaluate.judge import is_right
 from distft.evaluate.tasks import Item, read_items
 from distft.objectives.treatment import treatment
-from distft.progress import track
+from distft.progress import say, track
 from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, commit, describe, differences, fetch, read_manifest
 from distft.store.model_folder import ModelFolder, resolve_model
@@ -177,7 +177,7 @@ def _put(folder: Location, rows: list[dict[str, Any]]) -> FileEntry:
 
 
 def _exported(run: Run, folder: Location, run_identity: dict[str, Any]) -> Manifest:
-    """The exported model of this very run, as it stands: one of an earlier step would be judged for the run."""
+    """The exported model of this very run. Once the run is finished it must be the last one: an earlier one would be judged for it."""
     where = folder.child("model")
     manifest = read_manifest(where)
     if manifest is None:
@@ -189,12 +189,17 @@ def _exported(run: Run, folder: Location, run_identity: dict[str, Any]) -> Manif
             f"The exported model is of another run of this name:\n{describe(changed)}", where=where.url,
             help="Undo the change, or give the new run another `name`, and run `distft train` and `distft export` with it.",
         )  # fmt: skip
-    newest = newest_checkpoint(folder.child("checkpoints"))
-    step = newest[1].identity["step"] if newest else manifest.identity["checkpoint"]["step"]  # checkpoints may have been removed
-    changed = differences(manifest.identity, model_identity(run, {"step": step, "run": run_identity}))
+    step = wanted = manifest.identity["checkpoint"]["step"]
+    newest = newest_checkpoint(folder.child("checkpoints"))  # none: they may have been removed
+    if newest and newest[1].identity["step"] != step:
+        if newest[1].identity["step"] == newest[1].facts["total_steps"]:
+            wanted = newest[1].identity["step"]
+        else:
+            say(f"The run is not finished: this measures its model after step {step:,}.")
+    changed = differences(manifest.identity, model_identity(run, {"step": wanted, "run": run_identity}))
     if changed:
         raise StaleArtifactError(
-            f"The exported model is not of the newest checkpoint and these settings:\n{describe(changed)}", where=where.url,
+            f"The exported model is not that of the finished run with these settings:\n{describe(changed)}", where=where.url,
             help="Run `distft export` with this config.",
         )  # fmt: skip
     return manifest

@@ -275,14 +275,15 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden_ND, grad_weight_VD, grad_bias_V = ctx.saved_tensors
-        outer = grads[0]  # 1/normaliser, a float32: rounding it to bfloat16 would be an error of 0.4 % in every gradient
+        outer = grads[0].item()  # 1/normaliser: rounding it to bfloat16 would be an error of 0.4 % in every gradient
         grads_out = [None if grad is None else _scaled(grad, outer) for grad in (grad_hidden_ND, grad_weight_VD, grad_bias_V)]
         return (*grads_out, None, None, None)
 
 
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad * factor in place, multiplied in float32 and rounded once into grad's own dtype: a 0-dim factor does not promote. A
-    second backward pass through the same graph is refused by autograd, which sees that a saved tensor has changed."""
+def _scaled(grad: Tensor, factor: float) -> Tensor:
+    """grad * factor in place, multiplied in float32 and rounded once into grad's own dtype: what Python numbers get on every device
+    (a CUDA tensor as factor would be rounded first). A second backward pass through the same graph is refused by autograd, which
+    sees that a saved tensor has changed."""
     return grad.mul_(factor)
 
 

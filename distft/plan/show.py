@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+_LATER = "known once the corpus is tokenised"
 _SIGNS = {"have": "have   ", "partial": "partial", "stale": "STALE  ", "missing": "missing"}
 
 
@@ -28,6 +29,7 @@ def plan_text(result: dict[str, Any]) -> str:
         f"parameters             {figures['parameters']:,}",
         f"memory per rank        {figures['memory_per_rank'] / 2**30:.1f} GiB",
         f"teacher cache          about {figures['teacher_bytes_per_token']:.0f} bytes a scored token",
+        f"steps                  {_LATER if figures['steps'] is None else format(figures['steps'], ',')}",
         f"scoring                {_hours(figures['score_hours'])}",
         f"training               {_hours(figures['train_hours'])}",
     ]  # fmt: skip
@@ -36,7 +38,7 @@ def plan_text(result: dict[str, Any]) -> str:
 
 def _hours(hours: float | None) -> str:
     if hours is None:
-        return "known once the corpus is tokenised"
+        return _LATER
     if hours < 1 / 60:
         return "less than a minute (one H100 at 40 % of its bf16 peak)"
     return f"{hours:.2g} GPU-hours (one H100 at 40 % of its bf16 peak)"

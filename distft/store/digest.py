@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import time
 import uuid
 from collections.abc import Iterable
@@ -93,8 +92,8 @@ def memo_path() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         cache = Path(base) if base else Path.home() / ".cache"
-    except RuntimeError:  # a user without a home, as in some containers
-        cache = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    except RuntimeError as error:  # a user without a home, as in some containers
+        raise StoreError(str(error), where="environment", help="Set DISTFT_CACHE_DIR to a folder of your own.") from error
     return cache / "distft" / "digests.json"
 
 
@@ -102,7 +101,7 @@ def _read_memo() -> dict[str, str]:
     # A memo that is absent, unreadable or nonsense costs time, nothing else.
     try:
         memo = json.loads(memo_path().read_bytes())
-    except (OSError, ValueError, RuntimeError):
+    except (OSError, ValueError, StoreError):
         return {}
     digests = memo.get("digests") if isinstance(memo, dict) and memo.get("version") == 1 else None
     if not isinstance(digests, dict):
@@ -113,7 +112,7 @@ def _read_memo() -> dict[str, str]:
 def _write_memo(learnt: dict[str, str]) -> None:
     merged = {**_read_memo(), **learnt}
     newest = dict(list(merged.items())[-MEMO_ENTRIES:])
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError, StoreError):
         path = memo_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")

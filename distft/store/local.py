@@ -33,6 +33,9 @@ class LocalLocation(Location):
     def child(self, *names: str) -> LocalLocation:
         return LocalLocation(self.folder.joinpath(*(check_name(name, self.url) for name in names)), self.root)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return (LocalLocation, (self.folder, self.root))
+
     def exists(self, name: str) -> bool:
         with explained("look at", self._path(name)) as path:
             return path.is_file()
@@ -130,13 +133,14 @@ class LocalLocation(Location):
             for name in self._files(recursive=True):
                 path = self.folder / name
                 with contextlib.suppress(FileNotFoundError):
-                    if is_partial(name) and time.time() - path.lstat().st_mtime >= older_than_seconds:
+                    if is_partial(name) and _age(path) >= older_than_seconds:
                         os.unlink(path)
                         swept.append(name)
             for folder, _, _ in os.walk(self.folder, topdown=False):
-                if is_partial(Path(folder).relative_to(self.folder).as_posix()):
-                    with contextlib.suppress(OSError):  # holds what is too young to go
-                        os.rmdir(folder)
+                path = Path(folder)
+                with contextlib.suppress(OSError):  # holds what is too young to go
+                    if is_partial(path.relative_to(self.folder).as_posix()) and _age(path) >= older_than_seconds:
+                        os.rmdir(path)
         return sorted(swept)
 
     def _probe(self) -> None:
@@ -158,7 +162,7 @@ class LocalLocation(Location):
         except (OSError, RuntimeError):  # links that lead in a circle
             inside = False
         if not inside:
-            raise CorruptArtifactError(
+            raise StoreError(
                 f"{path} leads out of the store {self.root} by a link", where=self.url,
                 help="Remove the link. To keep a store on another disk, make the store's own folder a link, or give its real path.",
             )  # fmt: skip
@@ -188,9 +192,10 @@ def exclusively(path: Path) -> Iterator[None]:
     alone: a store has no locks."""
     with explained("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)  # another user's will do
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some network mounts lock nothing; then work may be done twice, never wrongly
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
@@ -265,6 +270,10 @@ def _make_folder(folder: Path) -> None:
 
 def _partial_name(path: Path) -> Path:
     return path.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
+
+
+def _age(path: Path) -> float:
+    return time.time() - path.lstat().st_mtime
 
 
 def _missing(path: Path) -> MissingArtifactError:

@@ -26,6 +26,7 @@ from distft.store.shards import ShardWriter
 from distft.teacher.encode import SCHEMA, batches_by_entries, to_batch
 from distft.teacher.forward import Scores, score_documents
 from distft.teacher.identity import IDENTITY, documents_key, read_parts, scored_positions, teacher_folder, teacher_identity
+from distft.teacher.planes import stored_schema, to_planes
 
 PART_TOKENS = 1 << 20
 """The most tokens that an interruption can cost."""
@@ -108,9 +109,9 @@ def _commit_part(folder: Location, documents: list[Document], scores: list[Score
     stands then, and ours is deleted."""
     digests = [document.digest for document in documents]
     key = documents_key(digests)
-    with ShardWriter(folder, f"part-{key}", SCHEMA) as writer:
+    with ShardWriter(folder, f"part-{key}", stored_schema(SCHEMA)) as writer:
         for rows in batches_by_entries(scores):
-            writer.write(to_batch(digests[rows], [len(d.tokens) for d in documents[rows]], scores[rows]))
+            writer.write(to_planes(to_batch(digests[rows], [len(d.tokens) for d in documents[rows]], scores[rows])))
     facts = {
         "digests": digests,
         "tokens": sum(len(document.tokens) for document in documents),

@@ -6,11 +6,9 @@ memory-mapped. So random order costs a read, not the decoding of a batch, and me
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -20,15 +18,14 @@ from distft.corpus.reader import Corpus, Document
 from distft.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from distft.objectives.loss import SparseRows
 from distft.objectives.treatment import Signals
-from distft.store.digest import file_sha256, files_sha256
-from distft.store.local import exclusively, explained
 from distft.store.location import Location
-from distft.store.manifest import FileEntry, Manifest, fetch, read_manifest
+from distft.store.manifest import Manifest, read_manifest
 from distft.store.nearest import nearest
-from distft.store.shards import read_batches, read_shard
+from distft.store.shards import read_shard
 from distft.teacher.encode import from_table
 from distft.teacher.forward import Scores
 from distft.teacher.identity import IDENTITY, documents_key, read_parts, scored_positions, teacher_folder
+from distft.teacher.staging import staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,7 @@ class TeacherCache:
         coverage = read_manifest(folder.child("coverage"), f"{documents_key(wanted)}.json")
         if coverage is None:
             raise _not_there(store, folder, identity, wanted)
-        tables = [read_shard(_staged(folder, entry, staging)) for entry in coverage.files]
+        tables = [read_shard(staged(folder, entry, staging)) for entry in coverage.files]
         places: dict[str, tuple[int, int]] = {}
         for number, table in enumerate(tables):
             for row, digest in enumerate(table.column("digest").to_pylist()):
@@ -100,34 +97,6 @@ def sparse_rows(scores: list[Scores]) -> SparseRows:
         counts_N=torch.from_numpy(counts_N),
         tail_N=torch.from_numpy((tail_N / mass_N).astype(np.float32)),
     )
-
-
-def _staged(folder: Location, entry: FileEntry, staging: Path) -> Path:
-    """The shard, verified, then written uncompressed under its sha256, with the copy's own digest beside it. Of the ranks of a
-    machine one does it while the others wait: between copy and digest, one would read the copy of another with the wrong seal."""
-    target, seal = staging / f"{entry.sha256}.arrow", staging / f"{entry.sha256}.seal"
-    with exclusively(staging / f"{entry.sha256}.arrow.lock"):
-        if not (target.exists() and seal.exists() and seal.read_text() == files_sha256([target])[target]):
-            _stage(fetch(folder, entry, staging / "compressed"), target, seal, staging)
-    return target
-
-
-def _stage(source: Path, target: Path, seal: Path, staging: Path) -> None:
-    partial = target.with_name(f"{target.name}.{uuid4().hex}")
-    try:
-        with (
-            explained("write", staging),
-            pa.OSFile(str(partial), "wb") as sink,
-            pa.ipc.new_file(sink, pa.ipc.open_file(pa.memory_map(str(source))).schema) as out,
-        ):
-            for batch in read_batches(source):
-                out.write_batch(batch)
-        digest = file_sha256(partial)
-        with explained("write", staging):
-            os.replace(partial, target)
-            seal.write_text(digest)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _not_there(store: Location, folder: Location, identity: dict[str, Any], wanted: set[str]) -> Exception:

@@ -19,7 +19,7 @@ from distft.store.location import Location
 from distft.store.manifest import Manifest, read_manifest
 from distft.store.model_folder import ModelFolder
 
-FORMAT = "distft-teacher-1"
+FORMAT = "distft-teacher-2"
 IDENTITY = "IDENTITY.json"
 
 

@@ -1,17 +1,11 @@
 """Checkpoints without pickle: float32 weights and both Adam moments as safetensors, committed by a manifest, last.
 
-A checkpoint is complete or it is not one. One process writes a run's checkpoints: whoever starts last owns the run, and one that was
-thought dead finds out at its next save and stops (OWNER.json).
-
-Loading verifies every byte, and falls back to the one before, by name, when some are wrong. The randomness of a step is a function of
-(seed, step, rank), so no generator state needs keeping.
+A checkpoint is complete or it is not one. Loading verifies every byte, and falls back to the one before, by name, when some are
+wrong. The randomness of a step is a function of (seed, step, rank), so no generator state needs keeping.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,10 +22,10 @@ from distft.progress import say
 from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, commit, describe, differences, fetch, read_manifest
 from distft.store.put import put_file
+from distft.train.owner import Owner
 from distft.train.record import committed_steps, newest_checkpoint, step_folder
 
 PARTS = ("weight", "exp_avg", "exp_avg_sq")
-OWNER = "OWNER.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,19 +39,13 @@ class Checkpoints:
 
     def __init__(self, folder: Location, identity: dict[str, Any], *, keep: int) -> None:
         self.folder, self.identity, self.keep = folder, identity, keep
-        self._claim: str | None = None
-
-    def claim(self) -> None:
-        """Makes this process the one that may save. Called by the leading rank alone, before it trains."""
-        self._claim = uuid4().hex
-        owner = {"claim": self._claim, "host": socket.gethostname(), "process": os.getpid()}
-        self.folder.replace(OWNER, json.dumps(owner).encode())
+        self.owner = Owner(folder)
 
     def save(self, step: int, engine: Engine, facts: dict[str, Any]) -> None:
         """Commits step's checkpoint, then removes those that are too old. Called by the leading rank alone."""
         from safetensors.torch import save_file
 
-        self._check_owner()
+        self.owner.check()
         where = step_folder(self.folder, step)
         tensors: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
         for name, tensor in engine.tensors():
@@ -68,20 +56,14 @@ class Checkpoints:
             entries.append(put_file(where, part, "safetensors", partial(save_file, tensors[part]), {"part": part}))
         identity = {"step": step, "run": self.identity}
         ours = Manifest(kind="checkpoint", identity=identity, files=tuple(entries), facts=facts)
-        if commit(where, ours).files != ours.files:
+        if commit(where, ours).files != ours.files:  # a former owner was writing the same: its bytes are as good
             for entry in entries:
                 where.delete(entry.name)
-            raise _taken_over(self.folder, f"step {step} was committed by another process")
-        self._check_owner()  # before anything is removed: the new owner may go on from what looks old here
+            if not self.owner.claimed:
+                raise StaleArtifactError(f"Step {step} was committed by another process.", where=where.url)
+        self.owner.check()  # before anything is removed: a new owner may go on from what looks old here
         for old in self.steps()[: -self.keep]:
             _remove(step_folder(self.folder, old))
-
-    def _check_owner(self) -> None:
-        if self._claim is None:
-            return
-        owner = json.loads(self.folder.read(OWNER))
-        if owner["claim"] != self._claim:
-            raise _taken_over(self.folder, f"process {owner['process']} on {owner['host']} has taken it over")
 
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint, oldest first."""
@@ -135,13 +117,6 @@ def read_tensors(where: Location, entry: FileEntry, staging: Path) -> Iterator[t
     with safe_open(fetch(where, entry, staging), framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  (safe_open is no dict)
             yield name, file.get_tensor(name)
-
-
-def _taken_over(folder: Location, how: str) -> StaleArtifactError:
-    return StaleArtifactError(
-        f"This run is trained by another process: {how}. This one stops; what it had committed stands.", where=folder.url,
-        help="Run one process on a run's name at a time, or give this one another `name`.",
-    )  # fmt: skip
 
 
 def _remove(where: Location) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from distft.config.schema import Run
 from distft.store.model_folder import ModelFolder
 
-FORMAT = "distft-run-1"
+FORMAT = "distft-run-2"
 
 # What changes speed, memory or safety, never the weights that come out.
 OPERATIONAL = {"micro_batch_tokens", "engine", "workers", "checkpoint", "gradient_checkpointing", "drift_every_steps"}

@@ -17,10 +17,11 @@ from distft.engine.world import World
 from distft.errors import TrainingError
 from distft.progress import track
 from distft.stopping import Interrupted
-from distft.train.batches import Feed, StepPlan
+from distft.train.batches import Feed
 from distft.train.checkpoint import Checkpoints
 from distft.train.drift import Drift
 from distft.train.metrics import MetricsLog, step_line
+from distft.train.order import StepPlan
 from distft.train.schedule import learning_rate
 
 
@@ -77,7 +78,8 @@ def train(
                 log.add({**line, "epoch": plan.epoch(step)})
             if last or _due(config.checkpoint.every_steps, step):
                 if log:
-                    log.flush()  # first: a checkpoint whose steps are not in the log would leave a hole in it
+                    checkpoints.owner.check()
+                    log.flush()  # before the checkpoint: one whose steps are not in the log would leave a hole in it
                 if world.leads:
                     facts = {"loss": loss, "drift": drifted.facts() if drifted else None, "total_steps": plan.total_steps}
                     checkpoints.save(step, engine, facts)
@@ -91,6 +93,7 @@ def _keep_and_stop(
 ) -> None:
     """Commits the last whole step, unless that was done, and ends the run."""
     if log:
+        checkpoints.owner.check()
         log.flush()
     if world.leads and step > (checkpoints.steps() or [0])[-1]:
         checkpoints.save(step, engine, facts)

@@ -47,6 +47,6 @@ def read_metrics(run: Location) -> list[dict[str, Any]]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CorruptArtifactError(
             f"{METRICS} cannot be read: {type(error).__name__}: {error}"[:300], where=f"{run.url}/{METRICS}",
-            help="It is a log and nothing is computed from it: move it away, and run the command again.",
+            help="It is a log, and no training is computed from it: move it away, and run the command again.",
         ) from error  # fmt: skip
     return lines

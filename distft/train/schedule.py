@@ -5,6 +5,17 @@ from __future__ import annotations
 import math
 
 from distft.config.schema import Train
+from distft.errors import ConfigError
+
+
+def check_warmup(train: Train, total_steps: int) -> None:
+    """Refuses a run that would end before its warmup does."""
+    if total_steps < train.warmup_steps:
+        raise ConfigError(
+            f"train.warmup_steps={train.warmup_steps}, and the run has {total_steps} steps: train.lr would never be reached.",
+            where="train.warmup_steps",
+            help="Lower train.warmup_steps; or lower train.tokens_per_step or raise train.epochs for more steps.",
+        )  # fmt: skip
 
 
 def learning_rate(train: Train, step: int, total_steps: int) -> float:

@@ -17,11 +17,13 @@ from distft.store.location import Location
 from distft.store.model_folder import ModelFolder
 from distft.teacher.cache import TeacherCache
 from distft.train import identity
-from distft.train.batches import Feed, StepPlan
+from distft.train.batches import Feed
 from distft.train.checkpoint import Checkpoints
 from distft.train.drift import Drift, check_own_teacher, measure_drift
 from distft.train.loop import train
 from distft.train.metrics import MetricsLog
+from distft.train.order import StepPlan
+from distft.train.schedule import check_warmup
 
 
 def run_identity(run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCache | None) -> dict[str, Any]:
@@ -46,28 +48,24 @@ def train_run(
         newest = checkpoints.newest()
     except CorruptArtifactError:
         newest = None  # `restore` names it, and goes on from the one before
+    check_warmup(run.train, plan.total_steps)
     if world.leads:
         folder.replace("config.yaml", dump(run).encode())  # only now: a config that was refused must not stand beside the run
     if newest is not None and newest[1].identity["step"] >= plan.total_steps:
         return _result(folder, plan.total_steps, plan.total_steps, newest[1].facts)
 
-    if plan.total_steps < run.train.warmup_steps:
-        raise ConfigError(
-            f"train.warmup_steps={run.train.warmup_steps}, and the run has {plan.total_steps} steps: train.lr would never be reached.",
-            where=f"{len(corpus.lengths('train')):,} documents, {int(corpus.lengths('train').sum()):,} tokens in an epoch",
-            help="Lower train.warmup_steps, or lower train.tokens_per_step or raise train.epochs for more steps.",
-        )  # fmt: skip
-    if world.leads:
-        checkpoints.claim()
     language_model = load_model(
         model, dtype=run.model.dtype, attention=run.model.attention, head_rows=token_rows(model), device=this_device()
     )
     engine = LocalEngine(language_model, run.train, world)
+    if cache is not None and run.teacher.path is None:
+        check_own_teacher(engine.measure, corpus, cache, world, dtype=_coarser(run), where=cache.folder.url)
+    if world.leads:
+        checkpoints.owner.claim()  # no sooner: a process that cannot even load must not stop one that trains
+    world.barrier()  # no rank lists checkpoints that a former owner may still add to
     restored = checkpoints.restore(engine, staging)
     done = restored.step if restored else 0
     _agree_on_start(done, world, where=folder.url)
-    if restored is None and cache is not None and run.teacher.path is None:
-        check_own_teacher(engine.measure, corpus, cache, world, dtype=_coarser(run), where=cache.folder.url)
 
     def heldout_drift() -> Drift:
         assert cache is not None, "drift needs the teacher"

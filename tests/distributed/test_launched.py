@@ -30,7 +30,7 @@ def test_torchrun_trains_and_one_rank_speaks(bench: Bench) -> None:
     assert done.json["steps"] == 12
     assert done.err.count("train first: 12 of 12 steps") == 1
     owner = json.loads((bench.store / "runs" / "first" / "checkpoints" / "OWNER.json").read_text())
-    assert owner.keys() == {"claim", "host", "process"}
+    assert owner.keys() == {"claim", "host", "process", "started"}
     bench.run("export")
 
 
@@ -48,5 +48,8 @@ def test_half_a_launch_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch)
     bench.run("score")
     monkeypatch.setenv("WORLD_SIZE", "2")
     bench.refused("train", status=2, says="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "2")
+    bench.refused("train", status=2, says="RANK=2 of WORLD_SIZE=2 is no rank")
     monkeypatch.setenv("WORLD_SIZE", "two")
     bench.refused("train", status=2, says="WORLD_SIZE='two' is no number")

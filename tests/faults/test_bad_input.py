@@ -328,7 +328,7 @@ def test_a_model_of_an_earlier_step_is_not_judged_for_the_run(finished: Bench) -
     assert done.json["step"] < done.json["total_steps"] == 12
     assert "The run is not finished" in done.err
     finished.run("train")
-    finished.refused("evaluate", status=3, says="not of the newest checkpoint")
+    finished.refused("evaluate", status=3, says="not that of the finished run")
     finished.run("export")
     finished.run("evaluate")
 

@@ -114,7 +114,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
                "master.grad = (master.grad.bfloat16() + parameter.grad).float()"),
         [guard(test_normaliser.test_bfloat16_micro_batches_add_up_in_float32)]),
     "the order of an epoch forgets the epoch": (
-        Mutant(f"{BATCHES}epoch_order", "np.array([seed, epoch], np.uint64)", "np.array([seed, 0], np.uint64)"),
+        Mutant("distft.train.order:epoch_order", "np.array([seed, epoch], np.uint64)", "np.array([seed, 0], np.uint64)"),
         [guard(test_batches.test_the_order_of_an_epoch_is_pinned)]),
     "a rank draws an order of its own": (
         Mutant(f"{BATCHES}Feed.step", "    batches = ", "    rows = (rows + self.world.rank) % len(self.lengths)\n    batches = "),
@@ -256,4 +256,4 @@ def test_the_guards_pass_without_a_bug(fixtures: Fixtures) -> None:
 
 def test_a_mutant_that_no_longer_fits_is_an_error() -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(LookupError, match="0 times"):
-        Mutant("distft.train.batches:cut_steps", "what is not there", "x").apply(patch)
+        Mutant("distft.train.order:cut_steps", "what is not there", "x").apply(patch)

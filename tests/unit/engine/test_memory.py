@@ -16,7 +16,7 @@ def test_out_of_memory_names_the_bytes_and_the_way_out() -> None:
     assert told.value.exit_status == 1
 
 
-def test_a_device_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_memory() -> None:
     with pytest.raises(DistftError, match="Tried to allocate 2 GiB"), enough_memory("Take less."):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -144,6 +145,17 @@ def test_batches_stay_below_the_offsets_reach(
     assert [row for part in found for row in range(part.start, part.stop)] == list(range(len(counts)))
 
 
-def test_an_offset_that_does_not_fit_is_an_error_not_another_number() -> None:
-    with pytest.raises(pa.ArrowInvalid):
-        pa.array(np.array([0, 2**31], np.int64), pa.int32())
+class Endless:
+    """A column whose length alone is asked for before the offsets are made."""
+
+    def __len__(self) -> int:
+        return 2**30
+
+
+def test_an_offset_that_does_not_fit_is_an_error_not_another_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "COLUMNS", {"positions": pa.uint32()})
+    endless = [SimpleNamespace(positions=Endless()) for _ in range(3)]
+    plain = np.concatenate
+    monkeypatch.setattr(np, "concatenate", lambda parts: np.zeros(0) if isinstance(parts[0], Endless) else plain(parts))
+    with pytest.raises(pa.ArrowInvalid, match="int32"):
+        to_batch(["a", "b", "c"], [1, 1, 1], endless)  # pyright: ignore[reportArgumentType]

@@ -13,7 +13,8 @@ from distft.config.schema import Train
 from distft.engine.world import World
 from distft.objectives.treatment import treatment
 from distft.teacher.forward import Scores
-from distft.train.batches import StepPlan, cut_steps, epoch_order, micro_batch, share
+from distft.train.batches import micro_batch, share
+from distft.train.order import StepPlan, cut_steps, epoch_order
 from tests.helpers.steps import feed
 from tests.helpers.stores import document, lab, random_documents
 

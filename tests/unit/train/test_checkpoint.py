@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from distft.engine.local import LocalEngine
 from distft.errors import ConfigError, StaleArtifactError
+from distft.train import owner, stage
 from distft.train.loop import _step_seed
+from distft.train.record import read_metrics
 from tests.helpers.stores import Lab, lab, random_documents
 
 
@@ -24,54 +30,104 @@ def facts(step: int) -> dict[str, object]:
 
 def test_who_is_thought_dead_stops_at_its_next_save(made: Lab) -> None:
     engine, first, second = made.engine(), made.checkpoints(), made.checkpoints()
-    first.claim()
+    first.owner.claim()
     first.save(1, engine, facts(1))
-    second.claim()
-    with pytest.raises(StaleArtifactError, match=r"process [0-9]+ on .* has taken it over"):
+    second.owner.claim()
+    with pytest.raises(StaleArtifactError, match=r"Process [0-9]+ on .* has taken this run over"):
         first.save(2, engine, facts(2))
     assert first.steps() == [1]
     second.save(2, engine, facts(2))
     assert second.steps() == [1, 2]
 
 
-def test_of_two_that_commit_one_step_the_second_stops_and_leaves_nothing(made: Lab) -> None:
+def test_without_a_claim_a_step_is_committed_once(made: Lab) -> None:
     engine, first, second = made.engine(), made.checkpoints(), made.checkpoints()
     first.save(1, engine, facts(1))
     folder = first.folder.child("step-00000001")
     before = folder.names(recursive=True)
-    with pytest.raises(StaleArtifactError, match="step 1 was committed by another process"):
+    with pytest.raises(StaleArtifactError, match="Step 1 was committed by another process"):
         second.save(1, engine, facts(1))
     assert folder.names(recursive=True) == before
 
 
-def test_a_takeover_while_a_checkpoint_is_written_removes_nothing(made: Lab) -> None:
-    """The newcomer may be reading the older ones at that moment."""
+def test_a_takeover_while_a_checkpoint_is_written(made: Lab) -> None:
+    """The former owner commits what it was writing, removes nothing (the newcomer may be reading it) and stops. The newcomer
+    finds its own step committed already, by the same bytes, and goes on."""
     engine, first, second = made.engine(), made.checkpoints(), made.checkpoints()
     first.keep = 1
-    first.claim()
+    first.owner.claim()
     first.save(1, engine, facts(1))
     plain = engine.tensors
 
     def tensors() -> Any:
         yield from plain()
-        second.claim()
+        second.owner.claim()
 
     engine.tensors = tensors
-    with pytest.raises(StaleArtifactError, match="taken it over"):
+    with pytest.raises(StaleArtifactError, match="taken this run over"):
         first.save(2, engine, facts(2))
+    engine.tensors = plain
     assert first.steps() == [1, 2]
+    names = first.folder.child("step-00000002").names(recursive=True)
+    second.save(2, engine, facts(2))
+    assert second.folder.child("step-00000002").names(recursive=True) == names
+
+
+def test_the_log_of_a_former_owner_does_not_replace_the_new_ones(made: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process takes the run over in the middle, finishes it, and only then does the first come to its checkpoint."""
+    made = made.changed(train={"checkpoint": {"every_steps": 2, "keep": 9}})
+    plain, taken = LocalEngine.train_step, []
+
+    def train_step(self: LocalEngine, *args: Any, **kwargs: Any) -> Any:
+        taken.append(1)
+        if len(taken) == 4:
+            made.train()
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(LocalEngine, "train_step", train_step)
+    with pytest.raises(StaleArtifactError, match="taken this run over"):
+        made.train()
+    lines = [line["step"] for line in read_metrics(made.run_folder)]
+    assert lines[: made.checkpoints().steps()[-1]] == list(range(1, made.checkpoints().steps()[-1] + 1))
+
+
+def test_a_process_that_cannot_start_stops_nobody(made: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, first = made.engine(), made.checkpoints()
+    first.owner.claim()
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(stage, "load_model", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        made.train()
+    first.save(1, engine, facts(1))
+
+
+def test_a_run_that_is_being_trained_here_is_not_taken_over(made: Lab) -> None:
+    """The same command typed twice. A number that another process has by now is not the owner, nor is one of another machine."""
+    folder = made.checkpoints().folder
+    alive = {"claim": "x", "host": socket.gethostname(), "process": os.getppid(), "started": owner._started(os.getppid())}
+    folder.replace("OWNER.json", json.dumps(alive).encode())
+    with pytest.raises(StaleArtifactError, match=f"Process {os.getppid()} on this machine is training this run"):
+        made.train()
+    for other in ({**alive, "started": "earlier"}, {**alive, "host": "elsewhere"}, {}, []):
+        folder.replace("OWNER.json", json.dumps(other).encode())
+        made.checkpoints().owner.claim()
+    folder.replace("OWNER.json", b"nonsense")
+    made.checkpoints().owner.claim()
 
 
 def test_training_claims_its_run(made: Lab) -> None:
     made.train()
-    owner = json.loads(made.run_folder.child("checkpoints").read("OWNER.json"))
-    assert owner.keys() == {"claim", "host", "process"}
+    told = json.loads(made.run_folder.child("checkpoints").read("OWNER.json"))
+    assert told.keys() == {"claim", "host", "process", "started"}
 
 
 def test_a_warmup_longer_than_the_run_is_refused(made: Lab) -> None:
     with pytest.raises(ConfigError, match=r"train.warmup_steps=99, and the run has \d+ steps"):
         made.changed(train={"warmup_steps": 99}).train()
-    assert not made.run_folder.child("checkpoints").names()
+    assert not made.run_folder.names(recursive=True), "a config that was refused stands beside no run"
 
 
 def test_seeds_of_steps() -> None:
