@@ -119,6 +119,11 @@ def demo(
 
     def whole() -> dict[str, Any]:
         _refuse_ranks()
+        if "=" in folder.name:
+            raise ConfigError(
+                f"The demo takes a folder and no overrides; {folder} looks like one.", where="command line",
+                help="Its run files take them: distft run demo/sft-kl.yaml name=another train.seed=1",
+            )  # fmt: skip
         from distft.demo.run import run_demo
 
         return run_demo(folder)

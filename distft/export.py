@@ -32,7 +32,7 @@ def export_run(run: Run, model: ModelFolder, run_identity: dict[str, Any], store
     checkpoints = Checkpoints(run_folder.child("checkpoints"), run_identity, keep=run.train.checkpoint.keep)
     newest = checkpoints.newest()
     if newest is None:
-        raise MissingArtifactError(f"The run {run.name} has no checkpoint.", where=run_folder.url,
+        raise MissingArtifactError(f"The run {run.name!r} has no checkpoint.", where=run_folder.url,
                                    help="Run `distft train` with this config first.")  # fmt: skip
     where, checkpoint = newest
     step, total = checkpoint.identity["step"], checkpoint.facts["total_steps"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from distft import ranks
 from distft.config.schema import Run
 from distft.corpus.build import build_corpus, corpus_identity
 from distft.corpus.reader import Corpus
-from distft.errors import MissingArtifactError, ModelError, StaleArtifactError, StoreError
+from distft.corpus.sources import rows
+from distft.errors import DataError, MissingArtifactError, ModelError, StaleArtifactError, StoreError, UserInputError
 from distft.progress import say
 from distft.store.digest import memo_path
 from distft.store.location import Location, open_location
@@ -110,7 +111,7 @@ class Pipeline:
         from distft.train.order import StepPlan
         from distft.train.schedule import check_warmup
 
-        self._check_tasks()
+        self._check_inputs()
         digests = steps = None
         if self.corpus_folder.exists("MANIFEST.json"):
             corpus = self.corpus()
@@ -127,10 +128,37 @@ class Pipeline:
             "config": self.run.model_dump(mode="json"),
         }
 
-    def _check_tasks(self) -> None:
-        from distft.evaluate.tasks import check_tasks
+    def _check_inputs(self) -> None:
+        """Looks at all that a run reads, before anything is spent: models, the first row of each source, every task. One problem is
+        told as it is, several in one error."""
+        from distft.evaluate.tasks import look_at
 
-        check_tasks(self.run.evaluate.tasks)
+        def look(read: Callable[[], object]) -> UserInputError | None:
+            try:
+                read()
+            except (DataError, ModelError) as error:
+                return error
+            return None
+
+        data, teacher = self.run.data, self.run.teacher.path
+        reads: dict[str, Callable[[], object]] = {"model": lambda: self.model.weight_files()}
+        if teacher is not None:
+            reads["teacher"] = lambda: resolve_model(teacher, self.run.teacher.revision).weight_files()
+        reads |= {
+            f"data.{name}": partial(lambda source: next(rows(source)), source)
+            for name, source in (("train", data.train), ("heldout", data.heldout))
+            if source is not None
+        }
+        reads |= {f"task {task.name}": partial(look_at, task) for task in self.run.evaluate.tasks}
+        found = {name: error for name, read in reads.items() if (error := look(read))}
+        if len(found) == 1:
+            raise next(iter(found.values()))
+        if found:
+            told = [f"  {name}: {error.problem}" + (f" ({error.where})" if error.where else "") for name, error in found.items()]
+            raise UserInputError(
+                "\n".join([f"{len(found)} inputs cannot be used:", *told]), where="the run file",
+                help=f"Correct each; nothing was done. Paths are seen from {Path.cwd()}.",
+            )  # fmt: skip
 
     def _writing_to(self, folder: Location) -> None:
         """Says at once when nothing can be written, and clears away what killed writers left in this folder days ago."""
@@ -201,7 +229,7 @@ class Pipeline:
 
     def run_all(self) -> dict[str, Any]:
         """Whatever is missing; what is there costs a look."""
-        self._check_tasks()
+        self._check_inputs()
         results: dict[str, Any] = {}
         for verb, stage in self.stages():
             if verb == "score" and not self.run.needs_teacher:

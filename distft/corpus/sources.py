@@ -61,9 +61,9 @@ def source_files(source: Source) -> list[Path]:
     elif glob.has_magic(source.path):
         paths = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
         if not paths:
-            raise DataError("no file matches", where=source.path, help="Check the pattern; it is relative to this folder.")
+            raise DataError("no file matches", where=source.path, help=f"Check the pattern; it is seen from {Path.cwd()}.")
     elif path.suffix in READERS or not _HUB_NAME.fullmatch(source.path):
-        raise DataError("no such file or folder", where=source.path, help="Check `path`; it is relative to this folder.")
+        raise DataError("no such file or folder", where=source.path, help=f"Check `path`; it is seen from {Path.cwd()}.")
     else:
         return []
     for option in ("subset", "split", "revision"):

@@ -57,7 +57,7 @@ def evaluate_run(
     for label, model in (("before", base), ("after", tuned)):
         loaded = _Lazily(run, model)
         for task in run.evaluate.tasks:
-            scores.setdefault(task.name, {})[label] = _task(run, task, loaded, store)
+            scores.setdefault(task.name, {})[label] = _task(run, task, loaded, store, label=f"{task.name} {label}")
         if label == "after" and cache is not None and "heldout" in corpus.splits:
             drift = _drift(run, loaded, corpus, cache, store)
     summary = {"model": exported.content_digest, "scores": scores, "drift": drift}
@@ -96,19 +96,19 @@ class _Lazily:
         }
 
 
-def _task(run: Run, task: GenerateTask | NllTask, model: _Lazily, store: Location) -> dict[str, Any]:
+def _task(run: Run, task: GenerateTask | NllTask, model: _Lazily, store: Location, *, label: str) -> dict[str, Any]:
     identity: dict[str, Any] = {"format": FORMAT, "model": model.identity()}
     if isinstance(task, GenerateTask):
         items = read_items(task)
         asked = hashlib.sha256(json.dumps([(i.messages, i.answer) for i in items]).encode()).hexdigest()
         stops = stop_tokens(model.folder, load_tokenizer(model.folder))
         identity |= {"settings": task.model_dump(exclude={"path", "name", "limit"}), "items": asked, "stops": stops}
-        compute = partial(_generated, run, task, model, items, stops)
+        compute = partial(_generated, run, task, model, items, stops, label)
     else:
         documents = render_source(task.source, model.folder, max_tokens=run.data.max_tokens)
         asked = hashlib.sha256("\n".join(d.digest for d in documents).encode()).hexdigest()
         identity |= {"settings": {"kind": "nll"}, "items": asked}
-        compute = partial(_likelihoods, run, task, model, documents)
+        compute = partial(_likelihoods, run, model, documents, label)
     folder = store.child("eval", Manifest(kind="evaluation", identity=identity, files=()).id)
     done = read_manifest(folder)
     if done is None:
@@ -138,9 +138,11 @@ def _drift(run: Run, model: _Lazily, corpus: Corpus, cache: TeacherCache, store:
     return done.facts
 
 
-def _generated(run: Run, task: GenerateTask, model: _Lazily, items: list[Item], stops: list[int]) -> list[dict[str, Any]]:
+def _generated(
+    run: Run, task: GenerateTask, model: _Lazily, items: list[Item], stops: list[int], label: str
+) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(model.folder)
-    with track(f"evaluate {task.name}", len(items), "answers") as meter:
+    with track(label, len(items), "answers") as meter:
         given = answers(
             model.model.whole, tokenizer, [item.messages for item in items], stops=stops, max_new_tokens=task.max_new_tokens,
             tokens_per_batch=run.evaluate.tokens_per_batch, meter=meter,
@@ -151,9 +153,9 @@ def _generated(run: Run, task: GenerateTask, model: _Lazily, items: list[Item], 
     ]
 
 
-def _likelihoods(run: Run, task: NllTask, model: _Lazily, documents: list[Document]) -> list[dict[str, Any]]:
+def _likelihoods(run: Run, model: _Lazily, documents: list[Document], label: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{} for _ in documents]
-    with track(f"evaluate {task.name}", sum(len(d.tokens) for d in documents), "tokens") as meter:
+    with track(label, sum(len(d.tokens) for d in documents), "tokens") as meter:
         for batch in batches_by_tokens([len(d.tokens) for d in documents], run.evaluate.tokens_per_batch):
             chosen = [documents[i] for i in batch]
             counts = [int(d.supervised.sum()) for d in chosen]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ def read_items(task: GenerateTask) -> list[Item]:
         raise DataError(
             f"The task {task.name} cannot be read: {getattr(error, 'strerror', None) or error}.",
             where=task.path,
-            help="Check the task's `path`; it is relative to this folder.",
+            help=f"Check the task's `path`; it is seen from {Path.cwd()}.",
         ) from error
     items = []
     for number, line in enumerate(lines, 1):
@@ -46,22 +45,12 @@ def read_items(task: GenerateTask) -> list[Item]:
     return items
 
 
-def check_tasks(tasks: Sequence[GenerateTask | NllTask]) -> None:
-    """Reads what can be read of all tasks, before hours are spent on what they would measure. All problems make one error."""
-    problems: list[str] = []
-    for task in tasks:
-        try:
-            if isinstance(task, GenerateTask):
-                read_items(task)
-            else:
-                next(rows(task.source))
-        except DataError as error:
-            problems.append(f"  {task.name}: {error.problem}" + (f" ({error.where})" if error.where else ""))
-    if problems:
-        raise DataError(
-            "\n".join(["Tasks that cannot be evaluated:", *problems]), where="evaluate.tasks",
-            help="Correct those files or paths; nothing was done. Paths are relative to this folder.",
-        )  # fmt: skip
+def look_at(task: GenerateTask | NllTask) -> None:
+    """Reads what can be read of a task without a model, before hours are spent on what it would measure."""
+    if isinstance(task, GenerateTask):
+        read_items(task)
+    else:
+        next(rows(task.source))
 
 
 def _is_message(message: Any) -> bool:

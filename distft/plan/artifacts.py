@@ -64,7 +64,7 @@ def _corpus(store: Location, corpus: Manifest | None, identity: dict[str, Any], 
     if corpus is not None:
         split = corpus.facts["train"]
         note = (
-            f"{split['documents']:,} documents, {split['tokens']:,} tokens, {split['supervised_tokens']:,} supervised, "
+            f"to train: {split['documents']:,} documents, {split['tokens']:,} tokens, {split['supervised_tokens']:,} supervised, "
             f"{split['dropped']:,} dropped"
         )
         return Status(artifact="corpus", state="have", note=note, verb="tokenize")
@@ -103,7 +103,8 @@ def _run(run: Run, store: Location, identity: dict[str, Any]) -> list[Status]:
     newest = found[1] if found else None
     model = read_manifest(folder.child("model"))
     exported = _model(run, newest, model, identity)
-    return [_checkpoints(newest, identity), exported, _evaluation(run, folder, model, exported), _report(folder)]
+    evaluated = _evaluation(run, folder, model, exported)
+    return [_checkpoints(newest, identity), exported, evaluated, _report(folder, evaluated)]
 
 
 def _checkpoints(newest: Manifest | None, identity: dict[str, Any]) -> Status:
@@ -139,5 +140,10 @@ def _evaluation(run: Run, folder: Location, model: Manifest | None, exported: St
     return status("partial", f"not measured: {', '.join(absent)}") if absent else status("have")
 
 
-def _report(folder: Location) -> Status:
-    return Status(artifact="report", state="have" if folder.exists("report.html") else "missing", note="", verb="report")
+def _report(folder: Location, evaluated: Status) -> Status:
+    state: State = "missing"
+    if folder.exists("report.html"):
+        state = "have" if evaluated.state == "have" else "stale"
+    return Status(
+        artifact="report", state=state, note="written before what it is about" if state == "stale" else "", verb="report"
+    )

@@ -21,6 +21,8 @@ def plan_text(result: dict[str, Any]) -> str:
     for status in result["artifacts"]:
         note = status["note"].splitlines() or [""]
         made = "" if status["state"] == "have" else f"  (distft {status['verb']})"
+        if status["artifact"] == "checkpoints" and status["state"] == "stale":
+            made = "  (undo that, or give the new run another `name`)"
         lines.append(f"{status['artifact']:<12} {_SIGNS[status['state']]} {note[0]}{made}")
         lines.extend(f"{'':<21}{more}" for more in note[1:])
     figures = result["estimate"]

@@ -56,7 +56,8 @@ def per_token(sums: Sequence[float], tokens: Sequence[int]) -> Interval | None:
     mean = sums_D.sum() / tokens_D.sum()
     squares = float(((sums_D - mean * tokens_D) ** 2).sum())
     half = student_t(count - 1) * math.sqrt(count / (count - 1) * squares) / tokens_D.sum()
-    return Interval(float(mean - half), float(mean + half))
+    lowest = 0.0 if (sums_D >= 0).all() else -math.inf  # what is never negative is not on average
+    return Interval(max(lowest, float(mean - half)), float(mean + half))
 
 
 def ratio(gains: Sequence[float], reference: Sequence[float]) -> Interval:

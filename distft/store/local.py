@@ -306,7 +306,8 @@ def explained(verb: str, path: Path) -> Iterator[Path]:
     except FileNotFoundError as error:
         if verb in ("read", "look at"):
             raise _missing(path) from error
-        raise StoreError(f"cannot {verb} {path}: a folder of it vanished", where=str(path), help="Run it again.") from error
+        raise StoreError(f"cannot {verb} {path}: its folder is not there and cannot be made", where=str(path),
+                         help="Give another `store`; if somebody removed a folder just now, run it again.") from error  # fmt: skip
     except IsADirectoryError as error:
         raise StoreError(f"cannot {verb} {path}: it is a folder", where=str(path), help="Move that folder away.") from error
     except NotADirectoryError as error:

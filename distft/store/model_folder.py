@@ -224,9 +224,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
         raise ModelError(f"{name} has no revision {revision}", where=name, help="Give a branch, tag or commit of it.") from error
     except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(
-            f"{name}{at} is neither a folder nor reachable on the hub ({type(error).__name__})",
+            f"{name}{at} is neither a folder nor reachable on the hub",
             where=name,
-            help="Check the path, or the repository's name, the network, HF_TOKEN and HF_HUB_OFFLINE.",
+            help=f"Check the path, seen from {Path.cwd()}, or the repository's name, the network, HF_TOKEN and HF_HUB_OFFLINE.",
         ) from error
 
 

@@ -302,7 +302,7 @@ def test_an_objective_without_its_signals(bench: Bench) -> None:
     bench.refused("run", "score.distribution={kind: none}", status=2, says="needs the teacher's distribution")
 
 
-def test_tasks_are_read_before_anything_is_spent(bench: Bench) -> None:
+def test_inputs_are_looked_at_before_anything_is_spent(bench: Bench) -> None:
     """Not after a week of training. All bad ones are told at once."""
     config = bench.config()
     config["evaluate"]["tasks"] += [
@@ -313,11 +313,23 @@ def test_tasks_are_read_before_anything_is_spent(bench: Bench) -> None:
     bench.write(config)
     (bench.folder / "odd.jsonl").write_text('{"prompt": [{"role": "user", "content": 3}], "answer": "x"}\n')
     for verb in ("plan", "run"):
-        told = bench.refused(verb, status=2, says="Tasks that cannot be evaluated").json["error"]
-        assert "lost: " in told
-        assert "gone: " in told
-        assert "odd: `prompt` is neither" in told
+        told = bench.refused(verb, "model.path=nowhere", status=2, says="4 inputs cannot be used").json["error"]
+        assert "model: nowhere is neither" in told
+        assert "task lost: " in told
+        assert "task gone: " in told
+        assert "task odd: `prompt` is neither" in told
     assert not bench.store.exists()
+
+
+@pytest.mark.parametrize(
+    "spoil", [write_text("train.jsonl", ""), write_text("train.jsonl", "3\n"), write_text("heldout.jsonl", "x")]
+)
+def test_a_plan_looks_at_the_data(bench: Bench, spoil: Spoil) -> None:
+    spoil(bench)
+    config = bench.config()
+    config["evaluate"]["tasks"] = []
+    bench.write(config)
+    bench.refused("plan", status=2, says="")
 
 
 def test_a_model_of_an_earlier_step_is_not_judged_for_the_run(finished: Bench) -> None:

@@ -203,7 +203,7 @@ def test_a_kind_is_laid_over_before_the_keys_beside_it(tmp_path: Path, capsys: p
     assert run.objective.kl == 0.25
     assert "kl, tau belonged to kind stm_kl" in capsys.readouterr().err
     assert load(tmp_path, text, "objective.kl=0.25").objective.model_dump()["tau"] == 3.0
-    twice = load(tmp_path, text, "objective.kind=stm", "objective.tau=3", "objective.kind=sft_kl", "objective.kl=1")
+    twice = load(tmp_path, text, "objective.kind=stm", "objective.kind=sft_kl", "objective.kl=1")
     assert twice.objective.model_dump()["kind"] == "sft_kl", "left to right: the last kind counts"
     nested = load(
         tmp_path, BASE, f"evaluate.tasks=[{TASK}]", "evaluate.tasks[0].judge.tolerance=1", "evaluate.tasks[0].judge.kind=number"

@@ -74,7 +74,7 @@ def test_hours_follow_tokens_epochs_and_parameters() -> None:
 )
 def test_hours_are_told_as_people_do(hours: float | None, said: str) -> None:
     figures = estimate(run(), parameters=BILLION, config=CONFIG, tokens=None, trained_tokens=None).facts()
-    figures |= {"score_hours": hours, "train_hours": hours}
+    figures |= {"score_hours": hours, "train_hours": hours, "steps": None if hours is None else 1200}
     statuses = [
         {"artifact": "corpus", "state": "stale", "note": "a: 1 -> 2\nb: 3 -> 4", "verb": "tokenize"},
         {"artifact": "teacher", "state": "have", "note": "", "verb": "score"},
