@@ -39,7 +39,7 @@ def test_what_was_cut_off_is_partial(finished: Bench) -> None:
     (store / "runs/first/checkpoints/step-00000012/MANIFEST.json").unlink()
     told = {status["artifact"]: status for status in finished.run("plan").json["artifacts"]}
     assert {name: status["state"] for name, status in told.items()} == states(
-        "have", "partial", "partial", "stale", "stale", "have"
+        "have", "partial", "partial", "stale", "stale", "stale"
     )
     assert "step 10 of 12" in told["checkpoints"]["note"]
     assert "checkpoint.step: 12 -> 10" in told["model"]["note"]
@@ -51,15 +51,17 @@ def test_what_was_cut_off_is_partial(finished: Bench) -> None:
 
 def test_what_was_made_from_something_else_is_stale(finished: Bench) -> None:
     told = {s["artifact"]: s for s in finished.run("plan", "data.max_tokens=20", "score.positions=all").json["artifacts"]}
-    assert {name: status["state"] for name, status in told.items()} == states("stale", "stale", "stale", "stale", "stale", "have")
+    assert {name: status["state"] for name, status in told.items()} == states(
+        "stale", "stale", "stale", "stale", "stale", "stale"
+    )
     assert "max_tokens: 128 -> 20" in told["corpus"]["note"]
     assert "positions: supervised -> all" in told["teacher"]["note"]
     assert "corpus.max_tokens: 128 -> 20" in told["checkpoints"]["note"]
 
 
 def test_a_setting_of_the_run_leaves_its_inputs(finished: Bench) -> None:
-    assert finished.plan("train.lr=2e-3") == states("have", "have", "stale", "stale", "stale", "have")
-    assert finished.plan("export.dtype=bfloat16") == states("have", "have", "have", "stale", "stale", "have")
+    assert finished.plan("train.lr=2e-3") == states("have", "have", "stale", "stale", "stale", "stale")
+    assert finished.plan("export.dtype=bfloat16") == states("have", "have", "have", "stale", "stale", "stale")
     assert finished.plan("name=other") == states("have", "have", "missing", "missing", "missing", "missing")
 
 
