@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os.path
 
-from distft.config.schema import NoDistribution, Run, Source
+from distft.config.schema import NoDistribution, Run, Sample, Source
 from distft.errors import ConfigError
 
 
@@ -21,6 +21,11 @@ def _objective(run: Run) -> list[str]:
         return [
             f"objective.kind={run.objective.kind} needs the teacher's distribution, and score.distribution.kind=none keeps "
             "signals alone; set it to topk"
+        ]
+    if run.objective.needs_tail and isinstance(run.score.distribution, Sample):
+        return [
+            f"objective.kind={run.objective.kind} asks for KL(p||q), which draws from the teacher cannot give: set "
+            "score.distribution.kind=topk, or objective.direction=teacher_to_student"
         ]
     if isinstance(run.score.distribution, NoDistribution) and run.data.heldout is not None:
         return [

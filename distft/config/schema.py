@@ -85,13 +85,22 @@ class TopK(Section):
     """0: always exactly k, the classical fixed top-k."""
 
 
+class Sample(Section):
+    """Ids drawn from the teacher and how often: an unbiased estimate of KL(q||p), for a teacher that is another, larger model. One
+    draw falls into each of `draws` equal parts of the probability, which keeps the noise low."""
+
+    kind: Literal["sample"]
+    draws: Annotated[int, Field(ge=1, le=4096)] = 50
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
 class NoDistribution(Section):
     """Signals only (log q of the label, entropy, rank): enough for `stm`, a few bytes a token."""
 
     kind: Literal["none"]
 
 
-Distribution = Annotated[TopK | NoDistribution, Field(discriminator="kind")]
+Distribution = Annotated[TopK | Sample | NoDistribution, Field(discriminator="kind")]
 
 
 class Score(Section):

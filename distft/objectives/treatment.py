@@ -73,6 +73,12 @@ class ObjectiveRule(Section):
         """True when any token may get a weight on KL(q||p) or KL(p||q)."""
         return False
 
+    @property
+    def needs_tail(self) -> bool:
+        """True when any token may get a weight on KL(p||q), which asks the teacher about all that the student would say: draws
+        from the teacher cannot answer."""
+        return False
+
     def treat(self, signals: Signals) -> Treatment:
         """The weights of each token. Pure: no state, no randomness beyond what the settings fix."""
         raise NotImplementedError  # abstract: each catalog entry has its own rule

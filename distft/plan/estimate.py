@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from distft.config.schema import NoDistribution, Run
+from distft.config.schema import NoDistribution, Run, Sample
 
 H100_FLOPS = 989e12
 UTILISATION = 0.4
@@ -20,6 +20,8 @@ HEAD_BUFFER_BYTES = 3 << 27
 SIGNAL_BYTES = 22
 """Position, log q(y), entropy, rank, tail and count of one token, before compression."""
 ENTRY_BYTES = 6
+DISTINCT_DRAWS = 8
+"""Mean distinct ids among 50 stratified draws."""
 FLOOR_ENTRIES = 22
 """Mean kept entries a token at min_prob 1e-3 (17 to 26 on three corpora with a 135M model; sharper teachers keep fewer)."""
 COMPRESSED = 0.75
@@ -62,6 +64,8 @@ def teacher_bytes_per_token(run: Run) -> float:
     policy = run.score.distribution
     if isinstance(policy, NoDistribution):
         return SIGNAL_BYTES * COMPRESSED
+    if isinstance(policy, Sample):
+        return (SIGNAL_BYTES + DISTINCT_DRAWS * (policy.draws / 50) ** 0.5 * ENTRY_BYTES) * COMPRESSED
     entries = policy.k if policy.min_prob == 0 else min(policy.k, FLOOR_ENTRIES * (1e-3 / policy.min_prob) ** 0.5)
     return (SIGNAL_BYTES + entries * ENTRY_BYTES) * COMPRESSED
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -35,6 +36,8 @@ class TeacherCache:
     folder: Location
     coverage: Manifest
     positions: str
+    sampled: bool
+    """Whether its distributions are draws, so that divergences from them are estimates."""
     tables: list[pa.Table]
     places: dict[str, tuple[int, int]]
 
@@ -57,7 +60,8 @@ class TeacherCache:
                 f"{len(absent)} documents that the coverage promises are in none of its {len(tables)} shards.", where=folder.url,
                 help="Remove the file under coverage/ and run `distft score` again.",
             )  # fmt: skip
-        return cls(folder, coverage, identity["positions"], tables, places)
+        sampled = identity["distribution"]["kind"] == "sample"
+        return cls(folder, coverage, identity["positions"], sampled, tables, places)
 
     def scores(self, document: Document) -> Scores:
         """The teacher's word on one document, checked against the document itself: a row that is about other tokens is corrupt."""
@@ -97,6 +101,17 @@ def sparse_rows(scores: list[Scores]) -> SparseRows:
         counts_N=torch.from_numpy(counts_N),
         tail_N=torch.from_numpy((tail_N / mass_N).astype(np.float32)),
     )
+
+
+def sampling_excess(scores: Scores) -> npt.NDArray[np.float64]:
+    """By how much KL(w||p), w the shares of the draws, overstates KL(q||p) in expectation, per token: H(q) - H(w). Taking it off
+    leaves an unbiased estimate, whatever p is."""
+    row_M = np.repeat(np.arange(len(scores.counts)), scores.counts)
+    logprobs_M = scores.logprobs.astype(np.float64)
+    shares_M = np.exp(logprobs_M)
+    shares_M /= np.bincount(row_M, weights=shares_M, minlength=len(scores.counts))[row_M]
+    entropy_N = -np.bincount(row_M, weights=shares_M * np.log(shares_M), minlength=len(scores.counts))
+    return scores.entropy.astype(np.float64) - entropy_N
 
 
 def _not_there(store: Location, folder: Location, identity: dict[str, Any], wanted: set[str]) -> Exception:

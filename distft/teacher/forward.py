@@ -5,6 +5,7 @@ Shapes as in `distft.objectives.loss`. The softmax, its entropy and its rank are
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from distft.config.schema import Distribution, NoDistribution
+from distft.config.schema import Distribution, NoDistribution, Sample
 from distft.engine.load import LanguageModel
 from distft.engine.pack import lay_out, pack
 from distft.objectives.loss import chunk_tokens
@@ -67,61 +68,118 @@ def score_documents(
         np.concatenate([document[where].astype(np.int64) for document, where in zip(documents, positions, strict=True)])
     ).to(device)
     size = chunk_tokens(model.shape.rows)
+    points_ND = torch.from_numpy(_points(documents, positions, distribution)).to(device) if _samples(distribution) else None
     parts = []
     for start in range(0, len(predictor_N), size):
-        hidden_CD = hidden_PD.index_select(0, predictor_N[start : start + size])
+        rows = slice(start, start + size)
+        hidden_CD = hidden_PD.index_select(0, predictor_N[rows])
         logits_CV = model.shape.logits(hidden_CD, model.head.weight, model.head.bias)
-        parts.append(score_logits(logits_CV, labels_N[start : start + size], distribution))
+        points_CD = None if points_ND is None else points_ND[rows]
+        parts.append(score_logits(logits_CV, labels_N[rows], distribution, points_CD))
     return _split([np.concatenate(column) for column in zip(*parts, strict=True)], positions)
 
 
-def score_logits(logits_CV: Tensor, labels_C: Tensor, distribution: Distribution) -> tuple[np.ndarray, ...]:
-    """The columns of `Scores` but positions, for one chunk of float32 logits, which it consumes.
+def score_logits(
+    logits_CV: Tensor, labels_C: Tensor, distribution: Distribution, points_CD: Tensor | None = None
+) -> tuple[np.ndarray, ...]:
+    """The columns of `Scores` but positions, for one chunk of float32 logits, which it consumes. `points_CD` are where a sampling
+    policy looks into the cumulative distribution, ascending.
 
-    The tail is the sum of the probabilities that are left out, not 1 minus those kept: exact where the teacher is sure."""
+    The tail is the sum of the probabilities that are left out, not 1 minus those kept: exact where the teacher is sure. Few passes
+    over [C, V] are made, for they are what scoring costs beyond the model itself."""
     label_logit_C1 = logits_CV.gather(1, labels_C[:, None])
     rank_C = (logits_CV > label_logit_C1).sum(1)
-    lse_C1 = logits_CV.logsumexp(1, keepdim=True)
-    logprobs_CV = logits_CV.sub_(lse_C1)
-    label_logprob_C = (label_logit_C1 - lse_C1).squeeze(1)
-    probs_CV = logprobs_CV.exp()
-    entropy_C = -(probs_CV * logprobs_CV.clamp_min(-1e4)).sum(1)
+    peak_C1 = logits_CV.amax(1, keepdim=True)
+    shifted_CV = logits_CV.sub_(peak_C1)
+    exp_CV = shifted_CV.exp()
+    total_C1 = exp_CV.sum(1, keepdim=True)
+    log_total_C1 = total_C1.log()
+    label_logprob_C = (label_logit_C1 - peak_C1 - log_total_C1).squeeze(1)
+    entropy_C = log_total_C1.squeeze(1) - _dot(exp_CV, shifted_CV) / total_C1.squeeze(1)
     if isinstance(distribution, NoDistribution):
-        none = np.zeros(0)
-        tail_C, counts_C, ids_M, kept_M = torch.ones_like(label_logprob_C), torch.zeros_like(rank_C), none, none
+        counts_C, tail_C = torch.zeros_like(rank_C), torch.ones_like(label_logprob_C)
+        ids_M, kept_M = rank_C.new_zeros(0), label_logprob_C.new_zeros(0)
+    elif isinstance(distribution, Sample):
+        assert points_CD is not None, "a sampling policy needs its points"
+        counts_C, ids_M, kept_M = _drawn(exp_CV, points_CD)
+        tail_C = torch.zeros_like(label_logprob_C)
     else:
-        row_M, ids_M = _kept(logprobs_CV, distribution.k, distribution.min_prob)
-        kept_M = logprobs_CV[row_M, ids_M].cpu().numpy()
-        counts_C = torch.bincount(row_M, minlength=len(logprobs_CV))
-        probs_CV[row_M, ids_M] = 0.0
-        tail_C, ids_M = probs_CV.sum(1), ids_M.cpu().numpy()
+        row_M, ids_M = _kept(shifted_CV, log_total_C1, distribution.k, distribution.min_prob)
+        kept_M = shifted_CV[row_M, ids_M] - log_total_C1[row_M, 0]
+        counts_C = torch.bincount(row_M, minlength=len(shifted_CV))
+        exp_CV[row_M, ids_M] = 0.0
+        tail_C = exp_CV.sum(1) / total_C1.squeeze(1)
     return (
         label_logprob_C.cpu().numpy(),
         entropy_C.cpu().numpy(),
         rank_C.cpu().numpy().astype(np.uint32),
         tail_C.cpu().numpy(),
         counts_C.cpu().numpy().astype(np.uint16),
-        ids_M.astype(np.uint32),
-        kept_M.astype(np.float16),
+        ids_M.cpu().numpy().astype(np.uint32),
+        kept_M.cpu().numpy().astype(np.float16),
     )
 
 
-def _kept(logprobs_CV: Tensor, k: int, min_prob: float) -> tuple[Tensor, Tensor]:
+def _dot(exp_CV: Tensor, shifted_CV: Tensor) -> Tensor:
+    """The rows' sums of exp(x) x, without a buffer for the products. A logit of -inf, which some models give to tokens that they
+    never say, would make 0 times infinity: only then the slow way is taken."""
+    sums_C = torch.bmm(exp_CV[:, None, :], shifted_CV[:, :, None]).flatten()
+    if not bool(sums_C.isfinite().all()):
+        sums_C = (exp_CV * shifted_CV.clamp_min(-1e4)).sum(1)
+    return sums_C
+
+
+def _samples(distribution: Distribution) -> bool:
+    return isinstance(distribution, Sample)
+
+
+def _points(
+    documents: Sequence[npt.NDArray[np.uint32]], positions: Sequence[npt.NDArray[np.uint32]], distribution: Distribution
+) -> npt.NDArray[np.float64]:
+    """Where to look into each token's cumulative distribution: one uniform point in each of `draws` equal strata, which is as
+    unbiased as independent draws and less noisy. They follow from (seed, the document's tokens, position), never from a batch."""
+    assert isinstance(distribution, Sample), "no other policy draws"
+    found = []
+    for document, where in zip(documents, positions, strict=True):
+        digest = hashlib.sha256(np.ascontiguousarray(document, "<u4").tobytes()).digest()
+        key = np.array([distribution.seed, int.from_bytes(digest[:8], "little")], np.uint64)
+        uniform = np.random.Generator(np.random.Philox(key=key)).random((len(document), distribution.draws))
+        found.append((np.arange(distribution.draws) + uniform[where.astype(np.int64)]) / distribution.draws)
+    return np.concatenate(found)
+
+
+def _drawn(exp_CV: Tensor, points_CD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts per row, ids in row order and ascending, and the logarithm of each id's share of the draws."""
+    mass_CV = exp_CV.double().cumsum(1)
+    draws = points_CD.shape[1]
+    # The first place whose mass lies beyond the point: never a token of probability 0, nor one behind the last.
+    ids_CD = torch.searchsorted(mass_CV, points_CD * mass_CV[:, -1:], right=True).clamp_max(mass_CV.shape[1] - 1)
+    fresh_CD = torch.ones_like(ids_CD, dtype=torch.bool)
+    fresh_CD[:, 1:] = ids_CD[:, 1:] != ids_CD[:, :-1]  # points ascend, and so do their ids
+    starts_M = fresh_CD.flatten().nonzero().squeeze(1)
+    ends_M = torch.cat([starts_M[1:], starts_M.new_tensor([ids_CD.numel()])])
+    return fresh_CD.sum(1), ids_CD[fresh_CD], ((ends_M - starts_M) / draws).log()
+
+
+def _kept(shifted_CV: Tensor, log_total_C1: Tensor, k: int, min_prob: float) -> tuple[Tensor, Tensor]:
     """Rows and ids of the entries to keep, in row order with ids ascending.
 
     With a floor, one comparison finds them (there are at most 1/min_prob in a row), and only rows with more than k are sorted."""
-    k = min(k, logprobs_CV.shape[1])
+    k = min(k, shifted_CV.shape[1])
     if min_prob == 0:
-        ids_Ck = logprobs_CV.topk(k, dim=1).indices.sort(1).values
+        ids_Ck = shifted_CV.topk(k, dim=1).indices.sort(1).values
         row_Ck = torch.arange(len(ids_Ck), device=ids_Ck.device)[:, None].expand_as(ids_Ck)
         return row_Ck.flatten(), ids_Ck.flatten()
-    above_CV = logprobs_CV >= math.log(min_prob)
-    crowded = (above_CV.sum(1) > k).nonzero().squeeze(1)
+    row_M, ids_M = (shifted_CV >= log_total_C1 + math.log(min_prob)).nonzero(as_tuple=True)
+    counts_C = torch.bincount(row_M, minlength=len(shifted_CV))
+    crowded = (counts_C > k).nonzero().squeeze(1)
     if len(crowded):
-        best = logprobs_CV[crowded].topk(k, dim=1).indices
-        above_CV[crowded] = False
-        above_CV[crowded[:, None], best] = True
-    row_M, ids_M = above_CV.nonzero(as_tuple=True)
+        best = shifted_CV[crowded].topk(k, dim=1).indices
+        others = ~torch.isin(row_M, crowded)
+        row_M = torch.cat([row_M[others], crowded[:, None].expand_as(best).flatten()])
+        ids_M = torch.cat([ids_M[others], best.flatten()])
+        order = (row_M * shifted_CV.shape[1] + ids_M).argsort()
+        row_M, ids_M = row_M[order], ids_M[order]
     return row_M, ids_M
 
 

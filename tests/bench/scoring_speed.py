@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from distft.config.schema import Distribution, NoDistribution, TopK
+from distft.config.schema import Distribution, NoDistribution, Sample, TopK
 from distft.engine.load import LanguageModel, take_apart
 from distft.engine.pack import lay_out, pack
 from distft.objectives.loss import chunk_tokens
 from distft.teacher.forward import score_documents
 from tests.bench.ratios import HEADER, compare
 
-VOCABULARY, WIDTH, LAYERS, LENGTHS = 49_152, 576, 4, (96, 160, 128, 64, 64)
+VOCABULARY, WIDTH, LAYERS, LENGTHS = 49_152, 576, 30, (96, 160, 128, 64, 64)
 POLICIES: dict[str, Distribution] = {
     "signals alone": NoDistribution(kind="none"),
     "top-128 above 1e-3 (default)": TopK(),
     "top-64, no floor": TopK(k=64, min_prob=0.0),
+    "50 draws": Sample(kind="sample"),
 }
 
 

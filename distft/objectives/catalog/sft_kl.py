@@ -20,6 +20,10 @@ class SftKl(ObjectiveRule):
     def needs_distribution(self) -> bool:
         return True
 
+    @property
+    def needs_tail(self) -> bool:
+        return self.direction == "student_to_teacher"
+
     def treat(self, signals: Signals) -> Treatment:
         if self.direction == "teacher_to_student":
             return treatment(len(signals), ce=1.0, kl=self.kl)

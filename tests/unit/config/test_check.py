@@ -21,6 +21,7 @@ def data(**heldout: Any) -> dict[str, Any]:
 
 
 NONE = {"distribution": {"kind": "none"}}
+SAMPLE = {"distribution": {"kind": "sample"}}
 TASK = {"kind": "generate", "name": "x", "path": "p"}
 
 
@@ -29,6 +30,10 @@ TASK = {"kind": "generate", "name": "x", "path": "p"}
     [
         (run(objective={"kind": "sft_kl"}, score=NONE), "objective.kind=sft_kl needs the teacher's distribution"),
         (run(objective={"kind": "stm_kl"}, score=NONE), "objective.kind=stm_kl needs the teacher's distribution"),
+        (
+            run(objective={"kind": "sft_kl", "direction": "student_to_teacher"}, score=SAMPLE),
+            "KL(p||q), which draws from the teacher",
+        ),
         (run(data=data(path="h.jsonl"), score=NONE), "data.heldout is for measuring drift"),
         (run(teacher={"revision": "main"}), "teacher.revision is set without teacher.path"),
         (run(data=data(path="data/t.jsonl")), "data.heldout.path=data/t.jsonl is data.train.path"),
@@ -53,6 +58,7 @@ def test_a_pair_that_cannot_be(document: dict[str, Any], says: str) -> None:
     [
         run(),
         run(objective={"kind": "stm"}, score=NONE),
+        run(objective={"kind": "sft_kl"}, score=SAMPLE, data=data(path="data/h.jsonl")),
         run(objective={"kind": "sft"}, score=NONE),
         run(data=data(path="data/t.jsonl", subset="b")),
         run(data=data(path="data/h.jsonl"), train={"drift_every_steps": 5}),

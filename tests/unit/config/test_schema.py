@@ -24,6 +24,10 @@ def topk(**settings: Any) -> dict[str, Any]:
     return {"kind": "topk", **settings}
 
 
+def draws(**given: Any) -> dict[str, Any]:
+    return {"kind": "sample", **given}
+
+
 def number(tolerance: float) -> dict[str, Any]:
     return GENERATE | {"judge": {"kind": "number", "tolerance": tolerance}}
 
@@ -37,6 +41,8 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
     ("data.heldout", [{"path": "h", "limit": 0}], [{"path": "h", "limit": 1}, None]),
     ("score.distribution", [topk(k=0), topk(k=65_536)], [topk(k=1), topk(k=65_535)]),
     ("score.distribution", [topk(min_prob=-1e-9), topk(min_prob=1.0)], [topk(min_prob=0), topk(min_prob=0.999)]),
+    ("score.distribution", [draws(draws=0), draws(draws=4097)], [draws(draws=1), draws(draws=4096)]),
+    ("score.distribution", [draws(seed=-1), draws(seed=2**32)], [draws(seed=0), draws(seed=2**32 - 1)]),
     ("score.tokens_per_batch", [0, -5], [1]),
     ("score.workers", [0, 2], [1, "auto"]),
     ("score.tensor_parallel", [0, 2, "auto"], [1]),

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from distft.corpus.reader import Document
+from distft.engine.world import World
 from distft.errors import CorruptArtifactError, DistftError, MissingArtifactError, StaleArtifactError
 from distft.store.digest import document_digest
 from distft.store.location import open_location
@@ -21,6 +23,7 @@ from distft.store.model_folder import resolve_model
 from distft.teacher import build
 from distft.teacher.cache import TeacherCache
 from distft.teacher.forward import Scores, score_documents
+from distft.train.drift import measure_drift
 from tests.helpers.stores import Lab, copied_model, lab, random_documents, shared_model, write_corpus
 
 DOCUMENTS = random_documents(40, seed=30)
@@ -336,3 +339,35 @@ def test_an_empty_store_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(MissingArtifactError, match="no teacher cache") as caught:
         TeacherCache.open(open_location(str(tmp_path / "store")), made.identity(), made.corpus, made.staging)
     assert "distft score" in caught.value.help
+
+
+def test_drift_from_draws_is_an_unbiased_estimate(tmp_path: Path) -> None:
+    """KL(w||p) alone would overstate it by what the draws lack in entropy; taken off, many seeds average to the exact figure."""
+    held = random_documents(6, seed=50)
+    exact = lab(
+        tmp_path / "exact", documents=DOCUMENTS, heldout=held, score={"distribution": {"kind": "topk", "k": 280, "min_prob": 0}}
+    )
+    exact.score()
+    engine = exact.engine()
+    with torch.no_grad():
+        for parameter in engine.model.whole.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+
+    def drift(made: Lab) -> float:
+        return measure_drift(engine.measure, made.corpus.documents("heldout"), made.cache(), World(), tokens_per_batch=200).kl
+
+    truth, found = drift(exact), []
+    for seed in range(8):
+        sampled = lab(tmp_path / str(seed), documents=DOCUMENTS, heldout=held,
+                      score={"distribution": {"kind": "sample", "draws": 40, "seed": seed}})  # fmt: skip
+        sampled.score()
+        found.append(drift(sampled))
+    spread = np.std(found, ddof=1) / np.sqrt(len(found))
+    assert abs(np.mean(found) - truth) < 4 * spread + 1e-3, (truth, found)
+    assert spread < 0.2 * truth
+
+
+def test_a_run_trains_on_draws(tmp_path: Path) -> None:
+    made = lab(tmp_path, documents=random_documents(20), score={"distribution": {"kind": "sample", "draws": 30}})
+    made.score()
+    assert made.train()["steps"] > 1

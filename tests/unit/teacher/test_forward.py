@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distft.config.schema import Distribution, NoDistribution, TopK
-from distft.teacher.forward import Scores, score_documents, score_logits
+from distft.config.schema import Distribution, NoDistribution, Sample, TopK
+from distft.teacher.forward import Scores, _points, score_documents, score_logits
 from tests.helpers.stores import loaded, random_documents, shared_model
 
 QUICK = settings(max_examples=100, deadline=None)
@@ -140,3 +140,67 @@ def test_selecting_tokens_takes_their_entries_along(seed: int, data: st.DataObje
     assert part.positions.tolist() == scores.positions[chosen].tolist()
     assert part.label_logprob.tolist() == scores.label_logprob[chosen].tolist()
     assert len(part.ids) == len(part.logprobs) == part.counts.sum()
+
+
+def test_logits_of_minus_infinity_have_no_mass() -> None:
+    """Some models give them to tokens that they never say; 0 times infinity must not reach the entropy."""
+    logits = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(3))
+    logits[:, 7:20] = -math.inf
+    truth = torch.distributions.Categorical(logits=logits.double()).probs
+    for policy in (TopK(), NoDistribution(kind="none")):
+        scores = scored(logits, [0, 1, 2], policy)
+        assert scores.finite
+        assert scores.entropy.tolist() == pytest.approx(torch.special.entr(truth).sum(1).tolist(), rel=1e-5)
+    assert not set(scored(logits, [0, 1, 2], TopK()).ids.tolist()) & set(range(7, 20))
+
+
+def drawn(logits: torch.Tensor, document: np.ndarray, policy: Sample) -> Scores:
+    """What the policy draws for the document's tokens, if these were their logits."""
+    points = _points([document], [np.arange(1, len(logits) + 1, dtype=np.uint32)], policy)
+    columns = score_logits(logits.clone(), torch.zeros(len(logits), dtype=torch.int64), policy, torch.from_numpy(points))
+    names = ("label_logprob", "entropy", "rank", "tail", "counts", "ids", "logprobs")
+    return Scores(positions=np.arange(1, len(logits) + 1, dtype=np.uint32), **dict(zip(names, columns, strict=True)))
+
+
+def shares(scores: Scores) -> np.ndarray:
+    found = np.zeros((len(scores.counts), VOCABULARY))
+    found[np.repeat(np.arange(len(scores.counts)), scores.counts), scores.ids] = np.exp(scores.logprobs.astype(np.float64))
+    return found
+
+
+def test_draws_are_unbiased_and_few() -> None:
+    """Over many seeds their shares average to the distribution itself, so that the gradient of KL(w||p), p - w, averages to p - q."""
+    logits = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(5)) * 3
+    document, truth = np.arange(6, dtype=np.uint32), logits.double().softmax(1).numpy()
+    found = [drawn(logits, document, Sample(kind="sample", draws=10, seed=seed)) for seed in range(2000)]
+    mean = np.mean([shares(scores) for scores in found], axis=0)
+    # a share's standard deviation is at most that of 10 independent draws
+    assert (np.abs(mean - truth) < 5 * np.sqrt(truth * (1 - truth) / 10 / 2000) + 1e-3).all()
+    assert np.abs(mean.sum(1) - 1).max() < 1e-3
+    assert all(scores.counts.max() <= 10 and (scores.tail == 0).all() for scores in found)
+    one = found[0]
+    assert all(ids == sorted(set(ids)) for ids in rows(one))
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    logits = torch.full((4, VOCABULARY), -math.inf)
+    logits[:, [3, VOCABULARY - 1]] = 0.0
+    for seed in range(50):
+        scores = drawn(logits, np.arange(5, dtype=np.uint32), Sample(kind="sample", draws=7, seed=seed))
+        assert set(scores.ids.tolist()) == {3, VOCABULARY - 1}
+
+
+def test_draws_follow_from_seed_and_document_not_from_the_batch() -> None:
+    made = random_documents(5, seed=7)
+    tokens, places = [d.tokens for d in made], [np.flatnonzero(d.supervised).astype(np.uint32) for d in made]
+    everywhere = [np.arange(1, len(t), dtype=np.uint32) for t in tokens]
+    policy = Sample(kind="sample", draws=20, seed=1)
+    together = score_documents(loaded(shared_model()), tokens, places, policy)
+    for n, one in enumerate(together):
+        [alone] = score_documents(loaded(shared_model()), tokens[n : n + 1], places[n : n + 1], policy)
+        assert one.ids.tolist() == alone.ids.tolist()
+        [whole] = score_documents(loaded(shared_model()), tokens[n : n + 1], everywhere[n : n + 1], policy)
+        chosen = np.isin(whole.positions, one.positions)
+        assert whole.select(chosen).ids.tolist() == one.ids.tolist()
+    other = score_documents(loaded(shared_model()), tokens, places, Sample(kind="sample", draws=20, seed=2))
+    assert [s.ids.tolist() for s in other] != [s.ids.tolist() for s in together]
