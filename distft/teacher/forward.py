@@ -20,6 +20,9 @@ from distft.engine.load import LanguageModel
 from distft.engine.pack import lay_out, pack
 from distft.objectives.loss import chunk_tokens
 
+CACHED_BYTES = 1 << 23
+"""Logits that a CPU looks at in one go: its caches then hold what the passes over them leave for each other."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
@@ -68,14 +71,17 @@ def score_documents(
         np.concatenate([document[where].astype(np.int64) for document, where in zip(documents, positions, strict=True)])
     ).to(device)
     size = chunk_tokens(model.shape.rows)
+    block = max(8, CACHED_BYTES // (4 * model.shape.rows)) if device.type == "cpu" else size
     points_ND = torch.from_numpy(_points(documents, positions, distribution)).to(device) if _samples(distribution) else None
     parts = []
     for start in range(0, len(predictor_N), size):
         rows = slice(start, start + size)
         hidden_CD = hidden_PD.index_select(0, predictor_N[rows])
         logits_CV = model.shape.logits(hidden_CD, model.head.weight, model.head.bias)
-        points_CD = None if points_ND is None else points_ND[rows]
-        parts.append(score_logits(logits_CV, labels_N[rows], distribution, points_CD))
+        labels_C, points_CD = labels_N[rows], None if points_ND is None else points_ND[rows]
+        for first in range(0, len(logits_CV), block):
+            some = slice(first, first + block)
+            parts.append(score_logits(logits_CV[some], labels_C[some], distribution, None if points_CD is None else points_CD[some]))
     return _split([np.concatenate(column) for column in zip(*parts, strict=True)], positions)
 
 
