@@ -5,20 +5,18 @@ Everything heavy is imported inside verbs: `distft --help` and a bad run file mu
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distft import __version__, ranks, stopping
-from distft.errors import ConfigError, DistftError
-from distft.progress import complain, say
+from distft import __version__, cache_cli, ranks, stopping
+from distft.console import guarded, show_figures
+from distft.errors import ConfigError
+from distft.progress import say
 
 if TYPE_CHECKING:
     from distft.pipeline import Pipeline
@@ -29,6 +27,8 @@ app = typer.Typer(
     " [cyan]distft train configs/laptop.yaml train.lr=2e-5[/]. Whatever is committed already is used, not made again.",
     epilog="Exit status: 0 done; 2 the input is wrong; 3 an artifact is stale, missing or corrupt; 1 anything else.",
 )  # fmt: skip
+
+app.add_typer(cache_cli.app, name="cache")
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file; configs/ holds complete ones.", show_default=False)]
 Overrides = Annotated[
@@ -133,7 +133,7 @@ def demo(
 
         say(f"\n{comparison_table(result['comparison'])}\n\n{result['page']}")
 
-    _guarded(whole, as_json, show=show)
+    guarded(whole, as_json, show=show)
 
 
 def _run_verb(
@@ -154,7 +154,7 @@ def _run_verb(
 
         return verb(Pipeline(loaded))
 
-    _guarded(work, as_json, show=show or _show)
+    guarded(work, as_json, show=show or show_figures)
 
 
 def _refuse_ranks() -> None:
@@ -163,63 +163,6 @@ def _refuse_ranks() -> None:
             f"{ranks.size()} ranks were launched (WORLD_SIZE), and of all verbs `train` alone shares its work among ranks.",
             where="environment", help="Run this verb once, without torchrun; or unset WORLD_SIZE.",
         )  # fmt: skip
-
-
-def _guarded(work: Callable[[], dict[str, Any]], as_json: bool, *, show: Callable[[dict[str, Any]], None]) -> None:
-    """Runs a verb; turns what went wrong into one readable message and the documented exit status."""
-    try:
-        result = work()
-    except DistftError as error:
-        complain(f"error: {error}")
-        if as_json:
-            _print_json({"error": error.problem, "where": error.where, "help": error.help})
-        raise typer.Exit(error.exit_status) from None
-    except KeyboardInterrupt as error:
-        say(f"{str(error) or 'Stopped.'} The same command goes on from what is committed.")
-        if as_json:
-            _print_json({"error": "interrupted", "where": "", "help": "Run the same command again."})
-        raise typer.Exit(1) from None
-    except Exception as error:  # a bug of ours: the traceback is for whoever mends it
-        if as_json:
-            _print_json({"error": f"{type(error).__name__}: {error}", "where": "distft", "help": "Please report the traceback."})
-        raise
-    if as_json:
-        _print_json(result)
-    else:
-        show(result)
-
-
-def _print_json(result: dict[str, Any]) -> None:
-    if ranks.rank() == 0:  # of a launched group, one answers
-        sys.stdout.write(json.dumps(_finite(result), allow_nan=False) + "\n")
-        sys.stdout.flush()
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _show(result: dict[str, Any], indent: str = "") -> None:
-    """Figures for a person, a line each."""
-    for key, value in result.items():
-        if isinstance(value, dict):
-            say(f"{indent}{key}")
-            _show(value, indent + "  ")
-        else:
-            say(f"{indent}{key}: {_figure(value)}")
-
-
-def _figure(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "-"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _show_plan(result: dict[str, Any]) -> None:

@@ -10,20 +10,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distft import ranks
 from distft.config.schema import Run
 from distft.corpus.build import build_corpus, corpus_identity
 from distft.corpus.reader import Corpus
 from distft.corpus.sources import rows
-from distft.errors import DataError, MissingArtifactError, ModelError, StaleArtifactError, StoreError, UserInputError
+from distft.errors import ConfigError, DataError, MissingArtifactError, ModelError, StaleArtifactError, StoreError, UserInputError
 from distft.progress import say
 from distft.store.digest import memo_path
 from distft.store.location import Location, open_location
 from distft.store.manifest import Manifest
 from distft.store.model_folder import ModelFolder, resolve_model
 from distft.store.nearest import nearest
+
+if TYPE_CHECKING:
+    from distft.teacher.build import MapUnits
 
 
 @dataclass(frozen=True)
@@ -176,15 +179,14 @@ class Pipeline:
         return {"corpus": self.store.child("corpus", manifest.id).url, **totals}
 
     def score(self) -> dict[str, Any]:
-        from distft.engine.memory import enough_memory
         from distft.teacher.build import build_teacher
+        from distft.teacher.reuse import before_scoring
 
         corpus = self.corpus()
+        wanted = {digest for split in corpus.splits for digest in corpus.digests(split)}
+        before_scoring(self.store, self.teacher_identity, wanted, reuse_only=self.run.score.reuse_only)
         self._writing_to(self.store.child("teacher", self.teacher_id))
-        with enough_memory(
-            "Lower score.tokens_per_batch; what was scored so far is kept. `distft plan` estimates what is needed."
-        ):
-            scored = build_teacher(self.run, corpus, self.teacher, self.store)
+        scored = build_teacher(self.run, corpus, self.teacher, self.store, self._map_units())
         facts = scored.coverage.facts
         return {
             "teacher": scored.folder.url, "documents": facts["documents"], "documents_scored": scored.documents_scored,
@@ -237,6 +239,24 @@ class Pipeline:
                 continue
             results[verb] = stage()
         return results
+
+    def _map_units(self) -> MapUnits:
+        """Where units are scored: in this process where one scorer is to do it all on this machine, else by Ray actors."""
+        from distft.engine.world import device_count
+        from distft.teacher.build import in_process
+
+        address, workers = self.run.cluster.address, self.run.score.workers
+        gpus = device_count()
+        if address == "local":
+            workers = max(1, gpus) if workers == "auto" else workers
+            if gpus and workers > gpus:
+                raise ConfigError(f"score.workers={workers}, and this machine has {gpus} GPUs; each scorer needs its own.",
+                                  where="score.workers", help=f"Give {gpus} at most, or auto.")  # fmt: skip
+            if workers == 1:
+                return in_process
+        from distft.cluster.pool import map_units
+
+        return partial(map_units, address=address, workers=None if workers == "auto" else workers, gpus=gpus)
 
     def _cache(self, corpus: Corpus) -> Any:
         from distft.teacher.cache import TeacherCache

@@ -128,9 +128,9 @@ def _lay_over(document: dict[str, Any], override: str) -> None:
         raise ConfigError("The override's value is not valid YAML.", where=dotted,
                           help="Quote it for the shell: 'a.b=[1, 2]'.") from error  # fmt: skip
     section: Any = document
-    for part, after in pairwise(parts):
+    for depth, (part, after) in enumerate(pairwise(parts), 1):
         if isinstance(part, str):
-            section.setdefault(part, {})
+            section.setdefault(part, _default_kind(parts[:depth]))
         section = section[part]
         if isinstance(after, str) and not isinstance(section, dict):
             raise ConfigError(f"The override reaches into {part!r}, which is not a section.", where=dotted, help=_OVERRIDE)
@@ -147,6 +147,17 @@ def _lay_over(document: dict[str, Any], override: str) -> None:
             say(f"{dotted}={value}: {', '.join(dropped)} belonged to kind {old} and count no more")
         section.clear()
     section[last] = value
+
+
+def _default_kind(path: list[str | int]) -> dict[str, str]:
+    """What a section that the file leaves out begins with when one of its keys is overridden: its default's kind, if it has one."""
+    default: Any = None
+    model: type[BaseModel] | None = Run
+    for part in path:
+        field = model.model_fields.get(str(part)) if model else None
+        default = field.default if field else None
+        model = type(default) if isinstance(default, BaseModel) else None
+    return {"kind": default.kind} if hasattr(default, "kind") else {}
 
 
 def _length(value: Any) -> int:

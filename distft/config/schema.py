@@ -111,8 +111,11 @@ class Score(Section):
     """Which tokens are kept; `all` adds the prompt's."""
     tokens_per_batch: Annotated[int, Field(gt=0)] = 16_384
     """Tokens in one forward pass of the teacher; changes speed and memory, never the cache."""
-    workers: Literal[1] | Auto = "auto"
-    """Scoring runs in this process so far."""
+    workers: Annotated[int, Field(gt=0)] | Auto = "auto"
+    """Scorers, each with the whole teacher and a GPU or, without any, a core of its own; more than one are Ray actors. auto: one per
+    GPU, or one in this process. Changes speed, never the cache."""
+    reuse_only: bool = False
+    """Refuse to score anything: for runs that must not cost a teacher pass by surprise."""
     tensor_parallel: Literal[1] = 1
     """A teacher must fit on one device so far."""
 
@@ -219,9 +222,11 @@ class Export(Section):
 
 
 class Cluster(Section):
-    """Where the work runs: on this machine so far."""
+    """Where scoring runs; all else runs in this process."""
 
-    address: Literal["local"] = "local"
+    address: Annotated[str, Field(pattern=r"^(local|auto|[A-Za-z0-9._-]+:[0-9]{1,5})$")] = "local"
+    """local: this machine. auto: the Ray cluster that this machine belongs to; host:port: one elsewhere. Its machines need distft, the
+    store and the model under the same paths; its token comes from the environment (RAY_AUTH_TOKEN)."""
 
 
 class Run(Section):

@@ -71,6 +71,11 @@ def join_world() -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def device_count() -> int:
+    """Accelerators of this machine that this process may use."""
+    return torch.cuda.device_count()
+
+
 def this_device() -> torch.device:
     """The accelerator of this rank, or the CPU."""
     if not torch.cuda.is_available():

@@ -47,6 +47,11 @@ class LocalLocation(Location):
                 raise _missing(path)
             return path.stat().st_size
 
+    def age(self, name: str) -> float:
+        path = self._path(name)
+        with explained("look at", path):
+            return _age(path)
+
     def read(self, name: str) -> bytes:
         with explained("read", self._path(name)) as path:
             return path.read_bytes()
@@ -126,7 +131,7 @@ class LocalLocation(Location):
             _make_folder(path.parent)
         return _partial_name(path)
 
-    def sweep(self, older_than_seconds: float = 86_400.0) -> list[str]:
+    def sweep(self, older_than_seconds: float = 86_400.0, *, dry_run: bool = False) -> list[str]:
         swept: list[str] = []
         self._check_inside(self.folder)
         with explained("clean", self.folder):
@@ -134,8 +139,11 @@ class LocalLocation(Location):
                 path = self.folder / name
                 with contextlib.suppress(FileNotFoundError):
                     if is_partial(name) and _age(path) >= older_than_seconds:
-                        os.unlink(path)
+                        if not dry_run:
+                            os.unlink(path)
                         swept.append(name)
+            if dry_run:
+                return sorted(swept)
             for folder, _, _ in os.walk(self.folder, topdown=False):
                 path = Path(folder)
                 with contextlib.suppress(OSError):  # holds what is too young to go

@@ -36,6 +36,10 @@ class Location(ABC):
         """Bytes of a file; MissingArtifactError where there is none."""
 
     @abstractmethod
+    def age(self, name: str) -> float:
+        """Seconds since a file was written, by the store's clock and this machine's; MissingArtifactError where there is none."""
+
+    @abstractmethod
     def read(self, name: str) -> bytes:
         """A whole file; MissingArtifactError where there is none."""
 
@@ -80,8 +84,8 @@ class Location(ABC):
         """A fresh path for writing what `upload(name, path)` will put, on the same file system where there is one."""
 
     @abstractmethod
-    def sweep(self, older_than_seconds: float = 86_400.0) -> list[str]:
-        """Removes what killed writers left unfinished, here and below; returns what it removed."""
+    def sweep(self, older_than_seconds: float = 86_400.0, *, dry_run: bool = False) -> list[str]:
+        """Removes what killed writers left unfinished, here and below; returns what it removed, or would have."""
 
     @abstractmethod
     def _probe(self) -> None:

@@ -63,6 +63,12 @@ class S3Location(Location):
             raise self._missing(name)
         return int(head["ContentLength"])
 
+    def age(self, name: str) -> float:
+        head = self._head(name)
+        if head is None:
+            raise self._missing(name)
+        return time.time() - head["LastModified"].timestamp()
+
     def read(self, name: str) -> bytes:
         return self._get(name)
 
@@ -175,12 +181,13 @@ class S3Location(Location):
         check_name(name, self.url)
         return Path(tempfile.gettempdir()) / f"distft-{uuid.uuid4().hex}"
 
-    def sweep(self, older_than_seconds: float = 86_400.0) -> list[str]:
+    def sweep(self, older_than_seconds: float = 86_400.0, *, dry_run: bool = False) -> list[str]:
         swept: list[str] = []
         for page in self._pages("list_multipart_uploads", ""):
             for upload in page.get("Uploads", ()):
                 if time.time() - upload["Initiated"].timestamp() >= older_than_seconds:
-                    self._call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
+                    if not dry_run:
+                        self._call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
                     swept.append(upload["Key"].removeprefix(self._below))
         return sorted(swept)
 

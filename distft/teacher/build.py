@@ -2,36 +2,55 @@
 
 A cache belongs to a teacher and a policy, not to a corpus: `teacher/<id>/` grows by parts, each a set of documents committed on its
 own. A corpus is covered when all of its documents are in some part; that is written down in `coverage/<documents>.json`, last.
-So an interrupted run loses at most a part, a larger corpus costs its new documents, and a smaller one nothing.
+So an interrupted run loses at most the parts that were under way, a larger corpus costs its new documents, and a smaller one nothing.
+
+Here is the driver: what is missing, cut into units, and the coverage. `teacher/scorer.py` scores a unit and commits it as a part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-
-import torch
+from typing import Protocol
 
 from distft.config.schema import Run
-from distft.corpus.reader import Corpus, Document
-from distft.corpus.render import token_rows
-from distft.engine.load import LanguageModel, load_model
-from distft.engine.pack import batches_by_tokens
-from distft.engine.world import this_device
+from distft.corpus.reader import Corpus
 from distft.errors import DistftError
 from distft.progress import track
 from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, commit, read_manifest
 from distft.store.model_folder import ModelFolder
-from distft.store.shards import ShardWriter
-from distft.teacher.encode import SCHEMA, batches_by_entries, to_batch
-from distft.teacher.forward import Scores, score_documents
-from distft.teacher.identity import IDENTITY, documents_key, read_parts, scored_positions, teacher_folder, teacher_identity
-from distft.teacher.planes import stored_schema, to_planes
+from distft.teacher.identity import IDENTITY, documents_key, read_parts, teacher_folder, teacher_identity
+from distft.teacher.scorer import Scorer, ScorerPlan, Unit, UnitScored
 
 PART_TOKENS = 1 << 20
-"""The most tokens that an interruption can cost."""
+"""The most tokens that an interruption can cost each scorer."""
 PARTS_AT_LEAST = 16
 """A small corpus is cut finer, so that an interruption costs little of it, too."""
+
+
+class MapUnits(Protocol):
+    """Scores units with scorers that it makes, here or elsewhere; gives each unit's result once, in any order. `report` is told of
+    tokens as they are read; a negative number takes some back."""
+
+    def __call__(
+        self, make_worker: Callable[[], Scorer], units: Iterable[Unit], report: Callable[[float, str], object], /
+    ) -> Iterator[UnitScored]: ...
+
+
+def in_process(
+    make_worker: Callable[[], Scorer], units: Iterable[Unit], report: Callable[[float, str], object]
+) -> Iterator[UnitScored]:
+    """One unit after the other, in this process."""
+    scorer = make_worker()
+    for unit in units:
+        steps = scorer(unit)
+        while True:
+            try:
+                report(next(steps), "")
+            except StopIteration as ended:
+                yield ended.value
+                break
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +63,7 @@ class Scored:
     tokens_scored: int
 
 
-def build_teacher(run: Run, corpus: Corpus, model: ModelFolder, store: Location) -> Scored:
+def build_teacher(run: Run, corpus: Corpus, model: ModelFolder, store: Location, map_units: MapUnits = in_process) -> Scored:
     """Scores what is missing and commits the corpus's coverage. Loads no weights when nothing is missing."""
     identity = teacher_identity(model, run.score, run.teacher_model.dtype)
     folder = teacher_folder(store, identity)
@@ -56,39 +75,34 @@ def build_teacher(run: Run, corpus: Corpus, model: ModelFolder, store: Location)
 
     held = {digest for part in read_parts(folder) for digest in part.facts["digests"]}
     missing = [digest for digest in wanted if digest not in held]
-    tokens = _score_missing(run, corpus, model, folder, wanted, missing) if missing else 0
+    units = units_of(corpus, wanted, set(missing))
+    plan = ScorerPlan(run=run, model=model, folder=folder, corpus=corpus.folder, opened=corpus)
+    results = _score(plan, units, map_units) if units else []
     return Scored(
-        folder=folder, coverage=_commit_coverage(folder, set(wanted)), documents_scored=len(missing), tokens_scored=tokens
+        folder=folder,
+        coverage=_commit_coverage(folder, set(wanted)),
+        documents_scored=sum(result.documents for result in results),
+        tokens_scored=sum(result.scored_tokens for result in results),
     )
 
 
-def _score_missing(
-    run: Run, corpus: Corpus, model: ModelFolder, folder: Location, wanted: dict[str, tuple[str, int]], missing: list[str]
-) -> int:
-    teacher = load_model(
-        model, dtype=run.teacher_model.dtype, attention=run.model.attention, head_rows=token_rows(model), device=this_device()
-    )
+def _score(plan: ScorerPlan, units: list[Unit], map_units: MapUnits) -> list[UnitScored]:
+    with track("score", sum(unit.tokens for unit in units), "tokens") as meter:
+        return list(map_units(plan, units, meter.advance))
+
+
+def units_of(corpus: Corpus, wanted: dict[str, tuple[str, int]], missing: set[str]) -> list[Unit]:
+    """What is missing, as units. They are cut out of the whole corpus, and those that are held already drop out: what an interrupted
+    run has left over is then scored in the same company, and so to the same bits, as if nothing had happened."""
     lengths = {split: corpus.lengths(split) for split in corpus.splits}
-    sizes = [int(lengths[split][row]) for split, row in (wanted[digest] for digest in missing)]
-    parts = _cut(missing, sizes, max(1, min(PART_TOKENS, sum(sizes) // PARTS_AT_LEAST)))
-    scored_tokens = 0
-    with track("score", sum(sizes), "tokens") as meter:
-        for digests in parts:
-            documents = [corpus.document(*wanted[digest]) for digest in digests]
-            scores: list[Scores | None] = [None] * len(documents)
-            for batch in batches_by_tokens([len(d.tokens) for d in documents], run.score.tokens_per_batch):
-                chosen = [documents[i] for i in batch]
-                places = [scored_positions(d, run.score.positions) for d in chosen]
-                for i, score in zip(
-                    batch, score_documents(teacher, [d.tokens for d in chosen], places, run.score.distribution), strict=True
-                ):
-                    _check_finite(score, documents[i], model)
-                    scores[i] = score
-                meter.advance(sum(len(d.tokens) for d in chosen))
-            done = [score for score in scores if score is not None]
-            _commit_part(folder, documents, done, teacher)
-            scored_tokens += sum(len(score.positions) for score in done)
-    return scored_tokens
+    sizes = {digest: int(lengths[split][row]) for digest, (split, row) in wanted.items()}
+    parts = _cut(list(wanted), list(sizes.values()), max(1, min(PART_TOKENS, sum(sizes.values()) // PARTS_AT_LEAST)))
+    open_parts = [[digest for digest in part if digest in missing] for part in parts]
+    return [
+        Unit(name=documents_key(part), places=tuple(wanted[digest] for digest in part), tokens=sum(sizes[d] for d in part))
+        for part in open_parts
+        if part
+    ]
 
 
 def _cut(digests: list[str], sizes: list[int], limit: int) -> list[list[str]]:
@@ -102,29 +116,6 @@ def _cut(digests: list[str], sizes: list[int], limit: int) -> list[list[str]]:
         parts[-1].append(digest)
         room -= size
     return parts
-
-
-def _commit_part(folder: Location, documents: list[Document], scores: list[Scores], teacher: LanguageModel) -> None:
-    """Data first, then the manifest that gives it a meaning. Another driver may have been first with the same documents; its part
-    stands then, and ours is deleted."""
-    digests = [document.digest for document in documents]
-    key = documents_key(digests)
-    with ShardWriter(folder, f"part-{key}", stored_schema(SCHEMA)) as writer:
-        for rows in batches_by_entries(scores):
-            writer.write(to_planes(to_batch(digests[rows], [len(d.tokens) for d in documents[rows]], scores[rows])))
-    facts = {
-        "digests": digests,
-        "tokens": sum(len(document.tokens) for document in documents),
-        "scored_tokens": sum(len(score.positions) for score in scores),
-        "entries": sum(len(score.ids) for score in scores),
-        "torch": str(torch.__version__),
-        "device": teacher.head.weight.device.type,
-    }
-    identity = {"documents": key, "teacher": folder.url.rsplit("/", 1)[-1]}
-    ours = Manifest(kind="teacher-part", identity=identity, files=(writer.entry,), facts=facts)
-    committed = commit(folder, ours, f"parts/{key}.json")
-    if committed.files[0].name != writer.entry.name:
-        folder.delete(writer.entry.name)
 
 
 def _commit_coverage(folder: Location, wanted: set[str]) -> Manifest:
@@ -146,13 +137,3 @@ def _commit_coverage(folder: Location, wanted: set[str]) -> Manifest:
     identity = {"teacher": folder.url.rsplit("/", 1)[-1], "documents": key}
     manifest = Manifest(kind="teacher-coverage", identity=identity, files=tuple(files), facts={**facts, "documents": len(wanted)})
     return commit(folder, manifest, f"coverage/{key}.json")
-
-
-def _check_finite(score: Scores, document: Document, model: ModelFolder) -> None:
-    if not score.finite:
-        raise DistftError(
-            f"The teacher's distribution over document {document.digest} is not finite.",
-            where=f"{document.file}:{document.row}",
-            help=f"Nothing of its part was stored. See whether {model.path.name} runs in this dtype at all; if only this row does "
-            "it, remove the row.",
-        )  # fmt: skip

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 
 from distft.corpus.reader import Corpus, Document
@@ -23,10 +22,10 @@ from distft.store.location import Location
 from distft.store.manifest import Manifest, read_manifest
 from distft.store.nearest import nearest
 from distft.store.shards import read_shard
-from distft.teacher.encode import from_table
+from distft.teacher.encode import PlainShard
 from distft.teacher.forward import Scores
 from distft.teacher.identity import IDENTITY, documents_key, read_parts, scored_positions, teacher_folder
-from distft.teacher.staging import staged
+from distft.teacher.staging import make_room, staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class TeacherCache:
     positions: str
     sampled: bool
     """Whether its distributions are draws, so that divergences from them are estimates."""
-    tables: list[pa.Table]
+    shards: list[PlainShard]
     places: dict[str, tuple[int, int]]
 
     @classmethod
@@ -49,24 +48,26 @@ class TeacherCache:
         coverage = read_manifest(folder.child("coverage"), f"{documents_key(wanted)}.json")
         if coverage is None:
             raise _not_there(store, folder, identity, wanted)
-        tables = [read_shard(staged(folder, entry, staging)) for entry in coverage.files]
+        paths = [staged(folder, entry, staging) for entry in coverage.files]
+        make_room(staging, paths)
+        shards = [PlainShard(read_shard(path), where=folder.url) for path in paths]
         places: dict[str, tuple[int, int]] = {}
-        for number, table in enumerate(tables):
-            for row, digest in enumerate(table.column("digest").to_pylist()):
+        for number, shard in enumerate(shards):
+            for row, digest in enumerate(shard.digests):
                 places.setdefault(digest, (number, row))
         absent = wanted - places.keys()
         if absent:
             raise CorruptArtifactError(
-                f"{len(absent)} documents that the coverage promises are in none of its {len(tables)} shards.", where=folder.url,
+                f"{len(absent)} documents that the coverage promises are in none of its {len(shards)} shards.", where=folder.url,
                 help="Remove the file under coverage/ and run `distft score` again.",
             )  # fmt: skip
         sampled = identity["distribution"]["kind"] == "sample"
-        return cls(folder, coverage, identity["positions"], sampled, tables, places)
+        return cls(folder, coverage, identity["positions"], sampled, shards, places)
 
     def scores(self, document: Document) -> Scores:
         """The teacher's word on one document, checked against the document itself: a row that is about other tokens is corrupt."""
         number, row = self.places[document.digest]
-        digest, tokens, scores = from_table(self.tables[number], row, where=self.folder.url)
+        digest, tokens, scores = self.shards[number].read(row)
         expected = scored_positions(document, self.positions)
         if digest != document.digest or tokens != len(document.tokens) or not np.array_equal(scores.positions, expected):
             raise CorruptArtifactError(

@@ -60,27 +60,41 @@ def batches_by_entries(scores: Sequence[Scores]) -> Iterator[slice]:
         yield slice(start, len(scores))
 
 
-def from_table(table: pa.Table, row: int, *, where: str) -> tuple[str, int, Scores]:
-    """One document: its digest, token count and scores, without copying. Offsets and counts are checked before they are used."""
-    if table.schema.names != SCHEMA.names:
-        raise CorruptArtifactError(f"Columns {table.schema.names} are not those of a teacher shard.", where=where)
-    columns = {name: _row_values(table.column(name), row) for name in COLUMNS}
-    scores = Scores(**columns)
-    tokens = len(scores.positions)
-    uneven = [name for name in ("label_logprob", "entropy", "rank", "tail", "counts") if len(columns[name]) != tokens]
-    kept = int(scores.counts.sum(dtype=np.int64))
-    if uneven or kept != len(scores.ids) or kept != len(scores.logprobs):
-        raise CorruptArtifactError(
-            f"Row {row} has {tokens} positions, other columns of another length ({', '.join(uneven) or 'none'}), and promises {kept} "
-            f"entries where {len(scores.ids)} ids and {len(scores.logprobs)} log-probabilities are.", where=where,
-        )  # fmt: skip
-    return table.column("digest")[row].as_py(), table.column("tokens")[row].as_py(), scores
+class PlainShard:
+    """The documents of a shard in plain form, by row. What a row costs beyond its bytes is a few slices: offsets and values are
+    looked up once per batch, not once per document."""
 
+    def __init__(self, table: pa.Table, *, where: str) -> None:
+        if table.schema.names != SCHEMA.names:
+            raise CorruptArtifactError(f"Columns {table.schema.names} are not those of a teacher shard.", where=where)
+        self.where = where
+        self.digests: list[str] = table.column("digest").to_pylist()
+        self.tokens: list[int] = table.column("tokens").to_pylist()
+        self._batches = [
+            {name: (column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True)) for name, column in batch.items()}
+            for batch in ({name: batch.column(name) for name in COLUMNS} for batch in table.to_batches())
+        ]
+        self._starts = np.cumsum([0, *(len(batch["positions"][0]) - 1 for batch in self._batches)])
 
-def _row_values(column: pa.ChunkedArray, row: int) -> npt.NDArray[Any]:
-    for chunk in column.chunks:
-        if row < len(chunk):
-            first, last = chunk.offsets[row].as_py(), chunk.offsets[row + 1].as_py()
-            return chunk.values.slice(first, last - first).to_numpy(zero_copy_only=True)
-        row -= len(chunk)
-    raise IndexError(row)
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def read(self, row: int) -> tuple[str, int, Scores]:
+        """One document: its digest, token count and scores, without copying. Lengths and counts are checked before they are used."""
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        at = int(np.searchsorted(self._starts, row, side="right")) - 1
+        place = row - int(self._starts[at])
+        columns: dict[str, npt.NDArray[Any]] = {}
+        for name, (offsets, values) in self._batches[at].items():
+            columns[name] = values[offsets[place] : offsets[place + 1]]
+        scores = Scores(**columns)
+        tokens = len(scores.positions)
+        uneven = [name for name in ("label_logprob", "entropy", "rank", "tail", "counts") if len(columns[name]) != tokens]
+        kept = int(scores.counts.sum(dtype=np.int64))
+        if uneven or kept != len(scores.ids) or kept != len(scores.logprobs):
+            raise CorruptArtifactError(
+                f"Row {row} has {tokens} positions, other columns of another length ({', '.join(uneven) or 'none'}), and promises "
+                f"{kept} entries where {len(scores.ids)} ids and {len(scores.logprobs)} log-probabilities are.", where=self.where,
+            )  # fmt: skip
+        return self.digests[row], self.tokens[row], scores

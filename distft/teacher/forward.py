@@ -81,7 +81,9 @@ def score_documents(
         labels_C, points_CD = labels_N[rows], None if points_ND is None else points_ND[rows]
         for first in range(0, len(logits_CV), block):
             some = slice(first, first + block)
-            parts.append(score_logits(logits_CV[some], labels_C[some], distribution, None if points_CD is None else points_CD[some]))
+            parts.append(
+                score_logits(logits_CV[some], labels_C[some], distribution, None if points_CD is None else points_CD[some])
+            )
     return _split([np.concatenate(column) for column in zip(*parts, strict=True)], positions)
 
 

@@ -16,7 +16,7 @@ from distft.engine.load import LanguageModel
 from distft.engine.local import LocalEngine
 from distft.engine.world import World
 from distft.teacher.cache import sparse_rows
-from distft.teacher.encode import from_table, to_batch
+from distft.teacher.encode import PlainShard, to_batch
 from distft.teacher.forward import Scores, score_documents
 from distft.train.batches import Feed
 from tests.helpers.reference import Row, token_terms
@@ -46,8 +46,8 @@ def by_hand(folder: Path, monkeypatch: pytest.MonkeyPatch, **objective: object) 
         folder, documents=[FIVE, LONG, SHORT], model=nowhere("teacher"), objective={"kind": "sft_kl", **objective},
         score={"distribution": {"kind": "topk", "k": 2, "min_prob": 0.0}},
     )  # fmt: skip
-    monkeypatch.setattr("distft.teacher.build.load_model", lambda *_, **__: bigram(TEACHER))
-    monkeypatch.setattr("distft.teacher.build.token_rows", lambda _: 5)
+    monkeypatch.setattr("distft.teacher.scorer.load_model", lambda *_, **__: bigram(TEACHER))
+    monkeypatch.setattr("distft.teacher.scorer.token_rows", lambda _: 5)
     made.score()
     return made
 
@@ -127,7 +127,7 @@ def check_live(model: LanguageModel, read_together: list[Document], documents: l
     scored = score_documents(model, [d.tokens for d in read_together], places, policy)
     table = pa.Table.from_batches([to_batch([d.digest for d in documents], [len(d) for d in documents], scored)])
     for row, one in enumerate(documents):
-        digest, length, scores = from_table(table, row, where="memory")
+        digest, length, scores = PlainShard(table, where="memory").read(row)
         assert (digest, length) == (one.digest, len(one))
         with torch.no_grad():
             tokens = torch.from_numpy(one.tokens.astype(np.int64))[None]

@@ -173,7 +173,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant(f"{FORWARD}_kept", "above_CV[crowded] = False", "pass"),
         [guard(test_forward.test_a_crowded_row_keeps_its_best_k_and_does_not_disturb_its_neighbours)]),
     "counts are not checked": (
-        Mutant("distft.teacher.encode:from_table", "kept != len(scores.ids) or kept != len(scores.logprobs)", "False"),
+        Mutant("distft.teacher.encode:PlainShard.read", "kept != len(scores.ids) or kept != len(scores.logprobs)", "False"),
         [guard(test_encode.test_columns_that_contradict_each_other_are_refused, wrong="a count too high")]),
     "documents are scored again": (
         Mutant("distft.teacher.build:build_teacher", "if digest not in held]", "]"),
@@ -221,7 +221,7 @@ def watched(patch: pytest.MonkeyPatch) -> list[bytes]:
         seen.extend(one.tobytes() for one in documents)
         return plain(model, documents, *rest)
 
-    patch.setattr("distft.teacher.build.score_documents", watching)
+    patch.setattr("distft.teacher.scorer.score_documents", watching)
     return seen
 
 

@@ -61,7 +61,7 @@ def damaged(folder: Path, monkeypatch: pytest.MonkeyPatch, scorer: Scorer, **sec
     """A store whose cache was written, committed and sealed in good order, with wrong numbers in it."""
     made = lab(folder, documents=ALIKE, **sections)
     with monkeypatch.context() as patch:
-        patch.setattr("distft.teacher.build.score_documents", scorer)
+        patch.setattr("distft.teacher.scorer.score_documents", scorer)
         made.score()
     return made
 

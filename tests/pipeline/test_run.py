@@ -138,7 +138,7 @@ def test_what_is_moved_or_renamed_is_still_the_same(finished: Bench, tmp_path: P
 def test_what_only_changes_speed_or_safety_changes_nothing(finished: Bench) -> None:
     told = finished.run(
         "run", "train.micro_batch_tokens=500", "train.checkpoint.every_steps=7", "score.tokens_per_batch=64", "data.workers=1",
-        "evaluate.tokens_per_batch=64", "train.gradient_checkpointing=true",
+        "evaluate.tokens_per_batch=64", "train.gradient_checkpointing=true", "score.workers=3", "cluster.address=elsewhere:6379",
     ).json  # fmt: skip
     assert told["score"]["documents_scored"] == 0
     assert told["train"]["resumed_from"] == 12

@@ -17,7 +17,8 @@ from distft.stopping import Interrupted
 from tests.helpers.runs import Bench, Done, distft
 
 RUN_VERBS = ("plan", "tokenize", "score", "train", "export", "evaluate", "report", "run")
-VERBS = (*RUN_VERBS, "demo")
+VERBS = (*RUN_VERBS, "cache", "demo")
+CACHE_VERBS = ("list", "show", "verify", "prune")
 HEAVY = {"torch", "ray", "deepspeed", "transformers", "accelerate", "datasets", "pyarrow.parquet", "matplotlib"}
 
 # Runs the console script's function, and tells at the end what it has loaded.
@@ -41,13 +42,25 @@ def spied(tmp_path: Path, *arguments: str) -> tuple[Done, set[str]]:
     return Done(done.returncode, done.stdout, done.stderr), set(json.loads(told.read_text()))
 
 
-@pytest.mark.parametrize("arguments", [("--help",), *((verb, "--help") for verb in VERBS), ("--version",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [
+        ("--help",), *((verb, "--help") for verb in VERBS), *(("cache", verb, "--help") for verb in CACHE_VERBS), ("--version",),
+    ], ids=" ".join,
+)  # fmt: skip
 def test_help_loads_nothing_heavy(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     done, loaded = spied(tmp_path, *arguments)
     assert (done.status, done.err) == (0, "")
     assert done.out.strip()
     assert loaded & HEAVY == set()
     assert "distft.cli" in loaded, "the spy is blind"
+
+
+def test_caches_are_listed_and_pruned_without_torch(tmp_path: Path, finished: Bench) -> None:
+    for verb in ("list", "prune"):
+        done, loaded = spied(tmp_path, "cache", verb, "--store", str(finished.store), "--json")
+        assert done.status == 0, done.err
+        assert len(done.json["caches"]) == 1
+        assert loaded & HEAVY == set()
 
 
 def test_help_names_every_verb_and_the_exit_statuses() -> None:

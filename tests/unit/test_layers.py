@@ -18,9 +18,12 @@ UNITS = {
     "config": "rules", "objectives": "rules", "objectives.loss": "loss",
     "store": "store", "store.model_folder": "model folder",
     "corpus": "corpus", "engine": "engine",
-    "teacher": "teacher", "teacher.identity": "identity", "train": "train", "train.identity": "identity", "train.record": "identity",
+    "teacher": "teacher", "teacher.identity": "identity", "teacher.reuse": "identity",
+    "teacher.catalogue": "identity", "teacher.prune": "identity",
+    "teacher.tell": "identity", "train": "train", "train.identity": "identity", "train.record": "identity",
     "evaluate": "evaluate", "export": "export", "plan": "plan", "report": "report", "annotate": "annotate",
-    "cluster": "cluster", "pipeline": "pipeline", "demo": "demo", "cli": "cli", "__main__": "cli",
+    "cluster": "cluster", "pipeline": "pipeline", "demo": "demo", "cli": "cli", "cache_cli": "cli", "console": "cli",
+    "__main__": "cli",
 }  # fmt: skip
 VOICE = {"root", "errors", "ranks", "progress"}
 BASE = VOICE | {"rules"}
@@ -44,11 +47,17 @@ MAY_IMPORT = {
     "cluster": BASE | {"stopping"},
     "pipeline": CORE | {"teacher", "train", "evaluate", "export", "plan", "report", "annotate", "cluster"},
     "demo": CORE | {"evaluate", "report", "pipeline"},
-    "cli": CORE | {"plan", "report", "annotate", "cluster", "pipeline", "demo"},
+    "cli": CORE | {"teacher", "plan", "report", "annotate", "cluster", "pipeline", "demo"},
 }  # fmt: skip
 
 # Third parties with one home, and units that must answer before such a one has loaded.
-HOMES = {"ray": ("cluster",), "deepspeed": ("engine.zero3",), "s3fs": ("store.s3",), "typer": ("cli",), "gguf": ("demo",)}
+HOMES = {
+    "ray": ("cluster",),
+    "deepspeed": ("engine.zero3",),
+    "s3fs": ("store.s3",),
+    "typer": ("cli", "cache_cli", "console"),
+    "gguf": ("demo",),
+}
 WITHOUT_TORCH = {
     "root",
     "errors",

@@ -215,3 +215,16 @@ def test_a_kind_is_laid_over_before_the_keys_beside_it(tmp_path: Path, capsys: p
         tmp_path, BASE, "evaluate.tasks=[{kind: nll}]", f"evaluate.tasks=[{TASK}]", "evaluate.tasks[0].judge.kind=number"
     ).evaluate.tasks[0]
     assert isinstance(last, GenerateTask)
+
+
+def test_an_override_of_a_section_that_the_file_leaves_out_means_its_default_kind(tmp_path: Path) -> None:
+    run = load(tmp_path, BASE, "score.distribution.k=7", "train.checkpoint.keep=9")
+    assert run.score.distribution.model_dump() == {"kind": "topk", "k": 7, "min_prob": 1e-3}
+    assert run.train.checkpoint.keep == 9
+    assert (
+        load(tmp_path, BASE, "score.distribution.draws=9", "score.distribution.kind=sample").score.distribution.model_dump()[
+            "draws"
+        ]
+        == 9
+    )
+    assert "objective.kl: no such key" in refused(tmp_path, BASE, "objective.kl=3").problem

@@ -98,6 +98,13 @@ def test_upload_puts_a_scratch_file(store: Location) -> None:
     assert store.names(recursive=True) == ["data/file"]
 
 
+def test_a_file_has_an_age(store: Location) -> None:
+    store.create("file", b"1")
+    assert -60 < store.age("file") < 60
+    with pytest.raises(MissingArtifactError):
+        store.age("absent")
+
+
 def test_download_copies_a_file(store: Location, tmp_path: Path) -> None:
     store.create("file", b"payload")
     store.download("file", tmp_path / "copy")

@@ -20,7 +20,7 @@ from distft.errors import CorruptArtifactError, DistftError, MissingArtifactErro
 from distft.store.digest import document_digest
 from distft.store.location import open_location
 from distft.store.model_folder import resolve_model
-from distft.teacher import build
+from distft.teacher import scorer
 from distft.teacher.cache import TeacherCache
 from distft.teacher.forward import Scores, score_documents
 from distft.train.drift import measure_drift
@@ -38,7 +38,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         seen.extend(one.tobytes() for one in documents)
         return score_documents(model, documents, *rest)
 
-    monkeypatch.setattr("distft.teacher.build.score_documents", watching)
+    monkeypatch.setattr("distft.teacher.scorer.score_documents", watching)
     return seen
 
 
@@ -48,7 +48,7 @@ def over(made: Lab, documents: Sequence[Document]) -> Lab:
 
 
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distft.teacher.build.load_model", lambda *_, **__: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr("distft.teacher.scorer.load_model", lambda *_, **__: pytest.fail("the teacher was loaded"))
 
 
 def contents(made: Lab) -> dict[str, Scores]:
@@ -139,7 +139,7 @@ def test_a_killed_build_goes_on_with_what_is_missing(
     undisturbed, made = lab(tmp_path / "undisturbed", documents=DOCUMENTS), lab(tmp_path / "killed", documents=DOCUMENTS)
     undisturbed.score()
     read.clear()
-    plain, parts = build.commit, []
+    plain, parts = scorer.commit, []
 
     def commit(folder: Any, manifest: Any, name: str) -> Any:
         if manifest.kind == "teacher-part":
@@ -149,7 +149,7 @@ def test_a_killed_build_goes_on_with_what_is_missing(
         return plain(folder, manifest, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "commit", commit)
+        patch.setattr(scorer, "commit", commit)
         with pytest.raises(Killed):
             made.score()
     held = {digest for part in parts for digest in part.facts["digests"]}
@@ -173,7 +173,7 @@ def test_a_teacher_that_is_not_finite_stores_nothing_of_the_part(tmp_path: Path,
         scores[0].entropy[0] = np.nan
         return scores
 
-    monkeypatch.setattr("distft.teacher.build.score_documents", broken)
+    monkeypatch.setattr("distft.teacher.scorer.score_documents", broken)
     with pytest.raises(DistftError, match="not finite") as caught:
         made.score()
     assert caught.value.where.startswith("rows.jsonl:")

@@ -17,7 +17,7 @@ from distft.store.location import open_location
 from distft.store.manifest import fetch
 from distft.store.shards import ShardWriter, read_shard
 from distft.teacher import encode
-from distft.teacher.encode import COLUMNS, SCHEMA, batches_by_entries, from_table, to_batch
+from distft.teacher.encode import COLUMNS, SCHEMA, PlainShard, batches_by_entries, to_batch
 from distft.teacher.forward import Scores
 
 
@@ -56,19 +56,19 @@ def test_what_is_written_is_what_is_read(batches: list[list[list[int]]], cut: in
     )
     flat = [(f"{b}.{n}", 1001 + n, scores) for b, batch in enumerate(made) for n, scores in enumerate(batch)]
     for row, (digest, length, scores) in enumerate(flat):
-        found = from_table(table, row, where="memory")
+        found = PlainShard(table, where="memory").read(row)
         assert found[:2] == (digest, length)
         assert_equal(found[2], scores)
     cut = min(cut, len(flat) - 1)
-    assert_equal(from_table(table.slice(cut), 0, where="memory")[2], flat[cut][2])
+    assert_equal(PlainShard(table.slice(cut), where="memory").read(0)[2], flat[cut][2])
     with pytest.raises(IndexError):
-        from_table(table, len(flat), where="memory")
+        PlainShard(table, where="memory").read(len(flat))
 
 
 def test_ids_of_the_largest_vocabularies_fit() -> None:
     one = scores_of([3])
     one.ids[:] = [0, 2**17 + 1, 2**20 - 1]
-    assert_equal(from_table(pa.Table.from_batches([to_batch(["a"], [9], [one])]), 0, where="memory")[2], one)
+    assert_equal(PlainShard(pa.Table.from_batches([to_batch(["a"], [9], [one])]), where="memory").read(0)[2], one)
 
 
 def test_every_column_is_a_list_of_plain_primitives() -> None:
@@ -100,16 +100,16 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_columns_that_contradict_each_other_are_refused(wrong: str) -> None:
     with pytest.raises(CorruptArtifactError, match="Row 0") as caught:
-        from_table(with_column(*WRONG[wrong]), 0, where="here")
+        PlainShard(with_column(*WRONG[wrong]), where="here").read(0)
     assert caught.value.where == "here"
 
 
 def test_other_columns_are_refused() -> None:
     table = pa.Table.from_batches([to_batch(["a"], [9], [scores_of([1])])])
     with pytest.raises(CorruptArtifactError, match="are not those"):
-        from_table(table.drop_columns(["tail"]), 0, where="here")
+        PlainShard(table.drop_columns(["tail"]), where="here").read(0)
     with pytest.raises(CorruptArtifactError, match="are not those"):
-        from_table(table.select([*table.schema.names[::-1]]), 0, where="here")
+        PlainShard(table.select([*table.schema.names[::-1]]), where="here").read(0)
 
 
 @pytest.mark.parametrize("offsets", [[0, 50], [0, -1], [4, 2], [-3, 5]])

@@ -1,0 +1,215 @@
+"""Asks the live teacher again about some documents of a cache, and says how far its answers are from those that were stored.
+
+Bytes can be right and meaning wrong: a column shifted by one token, another model's numbers. That shows only here. Ranks and first
+choices of near-equal tokens may swap by rounding, so each is judged by the interval that the tolerance leaves it, never by a share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distft.config.schema import Score, TopK
+from distft.corpus.reader import Document
+from distft.corpus.render import token_rows
+from distft.engine.load import LanguageModel, load_model
+from distft.engine.memory import enough_memory
+from distft.engine.pack import batches_by_tokens
+from distft.engine.world import this_device
+from distft.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
+from distft.progress import track
+from distft.store.manifest import describe, differences
+from distft.store.model_folder import ModelFolder
+from distft.teacher.catalogue import FoundCache
+from distft.teacher.forward import Scores, score_documents
+from distft.teacher.identity import read_parts, scored_positions
+from distft.teacher.rows import Documents, Row, rows
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""Nats between two passes of one model: other batch shapes, another device. A shift by one token gives several."""
+HALF_STEP = 2.0**-11
+"""Relative rounding of a float16 log-probability."""
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(slots=True, kw_only=True)
+class Agreement:
+    """Stored against live. Gaps are the largest, in nats; `*_off` count tokens that differ by more than rounding explains."""
+
+    tolerance: float
+    documents: int = 0
+    tokens: int = 0
+    label_gap: float = 0.0
+    entropy_gap: float = 0.0
+    kept_gap: float = 0.0
+    """Beyond the rounding to float16."""
+    choices: int = 0
+    """Tokens with a stored first choice."""
+    same_choice: int = 0
+    same_rank: int = 0
+    choice_off: int = 0
+    rank_off: int = 0
+
+    def add(self, stored: Scores, live: Scores, *, bound_N: npt.NDArray[np.float64], kept: bool) -> None:
+        """One document. `live` keeps more than was stored; what it leaves out is at most `bound_N` per token. `kept`: whether the
+        stored distribution has log-probabilities of the teacher (and not, say, shares of draws)."""
+        self.documents += 1
+        self.tokens += len(stored.positions)
+        self.label_gap = _larger(self.label_gap, _largest(stored.label_logprob - live.label_logprob))
+        self.entropy_gap = _larger(self.entropy_gap, _largest(stored.entropy - live.entropy))
+        ends = np.cumsum(live.counts, dtype=np.int64)
+        stored_ends = np.cumsum(stored.counts, dtype=np.int64)
+        for token, bound in enumerate(bound_N):
+            ids = live.ids[ends[token] - live.counts[token] : ends[token]]
+            logprobs = live.logprobs[ends[token] - live.counts[token] : ends[token]].astype(np.float64)
+            self._rank(int(stored.rank[token]), float(live.label_logprob[token]), logprobs, float(bound))
+            self.same_rank += int(stored.rank[token] == live.rank[token])
+            if kept and stored.counts[token]:
+                mine = slice(stored_ends[token] - stored.counts[token], stored_ends[token])
+                self._kept(stored.ids[mine], stored.logprobs[mine].astype(np.float64), ids, logprobs, float(bound))
+
+    def _rank(self, rank: int, label: float, logprobs: npt.NDArray[np.float64], bound: float) -> None:
+        """A rank may be any between the number of tokens that are surely likelier than the label and those that may be."""
+        slack = self.tolerance + HALF_STEP * abs(label) * 2
+        surely = int((logprobs > label + slack).sum())
+        known = label - slack > bound  # else tokens that were left out may be likelier, too
+        possibly = int((logprobs >= label - slack).sum()) if known else math.inf
+        self.rank_off += not surely <= rank <= possibly
+
+    def _kept(
+        self, ids: npt.NDArray[np.uint32], logprobs: npt.NDArray[np.float64], live_ids: npt.NDArray[np.uint32],
+        live_logprobs: npt.NDArray[np.float64], bound: float,
+    ) -> None:  # fmt: skip
+        place = np.searchsorted(live_ids, ids).clip(max=max(0, len(live_ids) - 1))
+        there = live_ids[place] == ids if len(live_ids) else np.zeros(len(ids), np.bool_)
+        gaps = np.maximum(logprobs - bound, 0.0)  # what the live teacher left out is less likely than that
+        gaps[there] = np.abs(logprobs[there] - live_logprobs[place[there]])
+        rounding = HALF_STEP * np.abs(logprobs) * 2  # each of the two was rounded
+        self.kept_gap = _larger(self.kept_gap, float(np.maximum(gaps - rounding, 0.0).max()))
+        first = int(logprobs.argmax())
+        best = float(live_logprobs.max()) if len(live_logprobs) else bound
+        self.choices += 1
+        self.same_choice += bool(there[first]) and bool(live_logprobs[place[first]] == best)
+        reached = live_logprobs[place[first]] if there[first] else bound
+        self.choice_off += bool(best - reached > self.tolerance + 2 * HALF_STEP * abs(best))
+
+    @property
+    def holds(self) -> bool:
+        """NaN holds nothing."""
+        gaps = (self.label_gap, self.entropy_gap, self.kept_gap)
+        return all(gap <= self.tolerance for gap in gaps) and not self.choice_off and not self.rank_off
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "documents": self.documents, "tokens": self.tokens, "tolerance": self.tolerance, "max_label_gap": self.label_gap,
+            "max_entropy_gap": self.entropy_gap, "max_kept_gap": self.kept_gap if self.choices else None,
+            "argmax_agreement": self.same_choice / self.choices if self.choices else None,
+            "rank_agreement": self.same_rank / max(1, self.tokens),
+            "argmax_beyond_tolerance": self.choice_off, "rank_beyond_tolerance": self.rank_off,
+        }  # fmt: skip
+
+
+def probe_cache(cache: FoundCache, documents: Documents, model: ModelFolder, *, count: int, staging: Path) -> dict[str, Any]:
+    """Figures of a probe that agrees; a CorruptArtifactError with the same figures otherwise."""
+    _check_teacher(cache, model)
+    chosen = list(_chosen(cache, documents, count, staging))
+    dtype, score = cache.identity["dtype"], Score.model_validate(
+        {"distribution": cache.identity["distribution"], "positions": cache.identity["positions"]}
+    )  # fmt: skip
+    found = Agreement(tolerance=TOLERANCE[dtype])
+    with enough_memory("Probe fewer documents, or on the device that scored."):
+        teacher = load_model(model, dtype=dtype, attention="sdpa", head_rows=token_rows(model), device=this_device())
+        with track("probe", sum(len(document) for _, document in chosen), "tokens") as meter:
+            for batch in batches_by_tokens([len(document) for _, document in chosen], TOKENS_PER_BATCH):
+                _compare(found, teacher, [chosen[index] for index in batch], score)
+                meter.advance(sum(len(chosen[index][1]) for index in batch))
+    facts = found.facts()
+    if not found.holds:
+        raise CorruptArtifactError(
+            f"On {found.documents} documents, {found.tokens} tokens, cache and live teacher differ by more than the"
+            f" {found.tolerance:g} nats that rounding may do: {_told(facts)}.", where=cache.folder.url,
+            help="The cache was made by something else than it says, or by a defect. Do not train on it: score into a fresh store.",
+        )  # fmt: skip
+    return facts
+
+
+def _check_teacher(cache: FoundCache, model: ModelFolder) -> None:
+    """The very teacher: its weights, its settings, and what its ids mean."""
+    own = {"weights": cache.identity["weights"], "vocabulary": cache.identity["vocabulary"]}
+    given = {"weights": model.weights_identity(), "vocabulary": model.tokenizer_identity()["vocabulary"]}
+    changed = differences(own, given)
+    if changed:
+        raise StaleArtifactError(
+            f"This model is not the teacher of the cache. Cache and model differ in:\n{describe(changed)}", where=str(model.path),
+            help="Give --model the folder of the teacher that `distft score` read.",
+        )  # fmt: skip
+
+
+def _chosen(cache: FoundCache, documents: Documents, count: int, staging: Path) -> Iterator[tuple[Row, Document]]:
+    """Documents evenly spread over the sorted digests, which is as good as drawn: the same for the same cache."""
+    holders = {
+        digest: entry for part in read_parts(cache.folder) for digest in part.facts["digests"] for entry in part.files
+    }  # fmt: skip
+    known = sorted(digest for digest in holders if digest in documents)
+    if not known:
+        raise MissingArtifactError(
+            f"None of the {len(holders)} documents of the cache is in a corpus of this store, and a cache holds no tokens itself.",
+            where=cache.store.url if cache.store else cache.folder.url,
+            help="Probe the cache in its store, with the corpus that it was made for: `distft tokenize` makes it again.",
+        )  # fmt: skip
+    wanted = {known[len(known) * n // count] for n in range(count)} if count < len(known) else set(known)
+    for entry in {holders[digest].name: holders[digest] for digest in sorted(wanted)}.values():
+        for row in rows(cache.folder, entry, staging):
+            document = documents.get(row.digest) if row.digest in wanted else None
+            if document is not None:
+                wanted.discard(row.digest)
+                yield row, document
+
+
+def _compare(found: Agreement, teacher: LanguageModel, chosen: list[tuple[Row, Document]], score: Score) -> None:
+    """The live teacher keeps twice as much, so that what rounding moved over the policy's edge can still be compared."""
+    policy = score.distribution
+    sparse = policy if isinstance(policy, TopK) else TopK()
+    wider = TopK(k=min(65_535, 2 * sparse.k), min_prob=sparse.min_prob / 2)
+    places = [scored_positions(document, score.positions) for _, document in chosen]
+    live = score_documents(teacher, [document.tokens for _, document in chosen], places, wider)
+    for (row, document), place, now in zip(chosen, places, live, strict=True):
+        if not np.array_equal(row.scores.positions, place) or row.tokens != len(document):
+            found.label_gap = math.inf  # not even about the same tokens
+            continue
+        found.add(row.scores, now, bound_N=_bound(now, wider), kept=isinstance(policy, TopK))
+
+
+def _bound(live: Scores, policy: TopK) -> npt.NDArray[np.float64]:
+    """The most that a token can have which was left out: less than the floor, or than the least likely of a full k."""
+    floor = math.log(policy.min_prob) if policy.min_prob else -math.inf
+    bound_N = np.full(len(live.positions), floor)
+    ends = np.cumsum(live.counts, dtype=np.int64)
+    for token in np.flatnonzero(live.counts == policy.k):
+        bound_N[token] = max(floor, float(live.logprobs[ends[token] - policy.k : ends[token]].min()))
+    return bound_N
+
+
+def _larger(one: float, other: float) -> float:
+    """As `max`, but NaN stays."""
+    return float(np.maximum(one, other))
+
+
+def _largest(values: npt.NDArray[np.float32]) -> float:
+    """The largest absolute value; NaN where one is."""
+    return float(np.abs(values.astype(np.float64)).max(initial=0.0))
+
+
+def _told(facts: dict[str, Any]) -> str:
+    agreement = "not kept" if facts["argmax_agreement"] is None else f"{facts['argmax_agreement']:.1%}"
+    kept = "not kept" if facts["max_kept_gap"] is None else f"{facts['max_kept_gap']:.3g}"
+    return (
+        f"max |dlogp| of the label {facts['max_label_gap']:.3g}, of the kept {kept}, of the entropy {facts['max_entropy_gap']:.3g};"
+        f" argmax agreement {agreement}, rank agreement {facts['rank_agreement']:.1%}"
+    )

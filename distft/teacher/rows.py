@@ -1,0 +1,111 @@
+"""A cache's rows one after the other, for whoever goes through all of it: each data file is fetched and checked once, and of its
+columns one record batch is in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from distft.corpus.reader import Corpus, Document
+from distft.errors import ArtifactError, MissingArtifactError
+from distft.progress import say
+from distft.store.location import Location
+from distft.store.manifest import FileEntry, Manifest, fetch
+from distft.store.shards import read_batches
+from distft.teacher.encode import SCHEMA, PlainShard
+from distft.teacher.forward import Scores
+from distft.teacher.identity import read_parts
+from distft.teacher.planes import from_planes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A document as a shard has it: the tokens it had in all, and the teacher's word on those that were scored."""
+
+    digest: str
+    tokens: int
+    scores: Scores
+
+
+def rows(folder: Location, entry: FileEntry, staging: Path) -> Iterator[Row]:
+    """The rows of one data file, whose bytes are checked before they are parsed."""
+    where = f"{folder.url}/{entry.name}"
+    for batch in read_batches(fetch(folder, entry, staging / "compressed")):
+        shard = PlainShard(pa.Table.from_batches([from_planes(batch, SCHEMA, where=where)]), where=where)
+        for number in range(len(shard)):
+            digest, tokens, scores = shard.read(number)
+            yield Row(digest=digest, tokens=tokens, scores=scores)
+
+
+def find_row(folder: Location, text: str, staging: Path) -> Row:
+    """The document whose digest is `text` or alone begins with it."""
+    fitting: dict[str, Manifest] = {}
+    for part in read_parts(folder):
+        for digest in part.facts["digests"]:
+            if digest.startswith(text):
+                fitting.setdefault(digest, part)
+    if len(fitting) != 1:
+        listed = f": {', '.join(sorted(fitting)[:5])}" if fitting else ""
+        raise MissingArtifactError(
+            f"{len(fitting)} documents of the cache begin with {text!r}{listed}.", where=folder.url,
+            help="`distft cache show CACHE --json` prints the first hundred `document_ids`.",
+        )  # fmt: skip
+    [(digest, part)] = fitting.items()
+    for entry in part.files:
+        for row in rows(folder, entry, staging):
+            if row.digest == digest:
+                return row
+    raise MissingArtifactError(f"Document {digest} is not in the file of the part that lists it.", where=folder.url,
+                               help="Run `distft cache verify` on this cache.")  # fmt: skip
+
+
+class Documents:
+    """The documents of all corpora of a store, by digest: a cache holds what a teacher thought of tokens, not the tokens."""
+
+    def __init__(self, store: Location | None, staging: Path) -> None:
+        """A corpus that cannot be read is left out with a word: another stage's damage is not the cache's."""
+        self._places: dict[str, tuple[Corpus, str, int]] = {}
+        self.corpora: list[set[str]] = []
+        """The digests of each corpus."""
+        folders = store.child("corpus") if store is not None else None
+        for name in folders.folders() if folders is not None else ():
+            assert folders is not None, "it was listed"
+            try:
+                if not folders.child(name).exists("MANIFEST.json"):
+                    continue
+                corpus = Corpus.open(folders.child(name), staging)
+                found = {split: corpus.digests(split) for split in corpus.splits}
+            except ArtifactError as error:
+                say(f"This corpus is not compared with: {error}")
+                continue
+            for split, digests in found.items():
+                for index, digest in enumerate(digests):
+                    self._places.setdefault(digest, (corpus, split, index))
+            self.corpora.append({digest for digests in found.values() for digest in digests})
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._places
+
+    def get(self, digest: str) -> Document | None:
+        place = self._places.get(digest)
+        return None if place is None else place[0].document(*place[1:])
+
+
+def document_facts(row: Row, document: Document | None) -> dict[str, Any]:
+    """One document whole, as `--json` prints it: lists over the scored tokens, `ids` and `logprobs` a list per token. `tokens` are
+    the ids of all its tokens, and null when no corpus has them. Kept log-probabilities are as stored, to float16."""
+    scores = row.scores
+    cuts = np.cumsum(scores.counts, dtype=np.int64)[:-1]
+    return {
+        "document": row.digest,
+        "token_count": row.tokens,
+        "tokens": None if document is None else document.tokens.tolist(),
+        **{name: getattr(scores, name).tolist() for name in ("positions", "label_logprob", "entropy", "rank", "tail")},
+        "ids": [ids.tolist() for ids in np.split(scores.ids, cuts)],
+        "logprobs": [logprobs.tolist() for logprobs in np.split(scores.logprobs, cuts)],
+    }
