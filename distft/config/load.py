@@ -157,7 +157,8 @@ def _default_kind(path: list[str | int]) -> dict[str, str]:
         field = model.model_fields.get(str(part)) if model else None
         default = field.default if field else None
         model = type(default) if isinstance(default, BaseModel) else None
-    return {"kind": default.kind} if hasattr(default, "kind") else {}
+    kind = getattr(default, "kind", None)
+    return {"kind": kind} if kind else {}
 
 
 def _length(value: Any) -> int:

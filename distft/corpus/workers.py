@@ -76,7 +76,7 @@ class Workers:
         under_way: deque[Future[Result]] = deque()
         try:
             for chunk in chunks:
-                under_way.append(self.pool.submit(_work, split, chunk))
+                under_way.append(_submit(self.pool, split, chunk))
                 if len(under_way) >= 2 * self.count:
                     yield under_way.popleft().result()
             while under_way:
@@ -87,6 +87,13 @@ class Workers:
                 where=f"data.workers={self.count}",
                 help="Run the command again: it goes on from the last part. Fewer data.workers need less memory.",
             ) from error
+
+
+def _submit(pool: ProcessPoolExecutor, split: str, chunk: Chunk) -> Future[Result]:
+    try:
+        return pool.submit(_work, split, chunk)
+    except OSError as error:  # it broke, and closed its pipes, in the moment in which it was starting another process
+        raise BrokenProcessPool from error
 
 
 def _kill(pool: ProcessPoolExecutor) -> None:

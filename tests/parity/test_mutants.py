@@ -19,7 +19,7 @@ from distft.errors import DistftError
 from tests.helpers.mutants import Mutant
 from tests.parity import test_alignment, test_export, test_normaliser, test_own_teacher, test_packing, test_resume
 from tests.unit.objectives import test_catalog, test_loss
-from tests.unit.teacher import test_cache, test_encode, test_forward
+from tests.unit.teacher import test_cache, test_encode, test_forward, test_planes
 from tests.unit.train import test_batches
 
 
@@ -158,7 +158,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
     "the vocabulary is no part of a teacher's identity": (
         Mutant("distft.teacher.identity:teacher_identity", 'folder.tokenizer_identity()["vocabulary"]', '"any"'), [STALE_TOKENS]),
     "the policy is no part of a teacher's identity": (
-        Mutant("distft.teacher.identity:teacher_identity", "score.distribution.model_dump()", '"any"'), [STALE_POLICY]),
+        Mutant("distft.teacher.identity:teacher_identity", "score.distribution.model_dump()", '{"kind": "any"}'), [STALE_POLICY]),
     "a row is joined by its place": (
         Mutant("distft.teacher.cache:TeacherCache.scores", "number, row = self.places[document.digest]",
                "number, row = sorted(self.places.values())[document.row - 1]"),
@@ -166,12 +166,21 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
     "kept ids are in no order": (
         Mutant(f"{FORWARD}_kept", ".indices.sort(1).values", ".indices"), [LIVE]),
     "the tail is one minus the rest": (
-        Mutant(f"{FORWARD}score_logits", "tail_C, ids_M = probs_CV.sum(1)", "tail_C, ids_M = 1 - torch.zeros(len(probs_CV)).index_add("
-               "0, row_M, logprobs_CV[row_M, ids_M].exp())"),
+        Mutant(f"{FORWARD}score_logits", "tail_C = exp_CV.sum(1) / total_C1.squeeze(1)",
+               "tail_C = 1 - torch.zeros(len(exp_CV)).index_add(0, row_M, kept_M.exp())"),
         [guard(test_forward.test_a_sure_teachers_tail_is_exact_where_one_minus_the_rest_is_zero)]),
     "a crowded row keeps everything": (
-        Mutant(f"{FORWARD}_kept", "above_CV[crowded] = False", "pass"),
+        Mutant(f"{FORWARD}_kept", "others = ~torch.isin(row_M, crowded)", "others = row_M >= 0"),
         [guard(test_forward.test_a_crowded_row_keeps_its_best_k_and_does_not_disturb_its_neighbours)]),
+    "draws are not spread over the strata": (
+        Mutant(f"{FORWARD}_points", "np.arange(distribution.draws) + ", "distribution.draws / 2 + "),
+        [guard(test_forward.test_draws_are_unbiased_and_few)]),
+    "what draws overstate is not taken off": (
+        Mutant("distft.teacher.cache:sampling_excess", "return scores.entropy.astype(np.float64) - entropy_N", "return 0 * entropy_N"),
+        [guard(test_cache.test_drift_from_draws_is_an_unbiased_estimate)]),
+    "differences run on over the border of a token": (
+        Mutant("distft.teacher.planes:_differences", "changed[first] = values[first]", "pass"),
+        [guard(test_planes.test_the_extremes_of_every_type)]),
     "counts are not checked": (
         Mutant("distft.teacher.encode:PlainShard.read", "kept != len(scores.ids) or kept != len(scores.logprobs)", "False"),
         [guard(test_encode.test_columns_that_contradict_each_other_are_refused, wrong="a count too high")]),
