@@ -63,9 +63,14 @@ def _root(
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Let the teacher read 20 documents here, and measure.")] = False,
+    as_json: Json = False,
+) -> None:
     """Check everything and say what a run would do and cost; writes nothing."""
-    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.plan(), show=_show_plan)
+    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.plan(calibrate=calibrate), show=_show_plan)
 
 
 @app.command()

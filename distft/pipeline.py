@@ -24,9 +24,11 @@ from distft.store.location import Location, open_location
 from distft.store.manifest import Manifest
 from distft.store.model_folder import ModelFolder, resolve_model
 from distft.store.nearest import nearest
+from distft.store.vocabulary import compare_vocabularies
 
 if TYPE_CHECKING:
     from distft.teacher.build import MapUnits
+    from distft.teacher.calibrate import Calibration
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ class Pipeline:
         teacher = resolve_model(config.path, config.revision)
         ours, theirs = self.model.tokenizer_identity()["vocabulary"], teacher.tokenizer_identity()["vocabulary"]
         if ours != theirs:
+            told = compare_vocabularies(teacher, self.model) or f"The files' digests are {theirs[:12]} and {ours[:12]}."
             raise ModelError(
-                f"Teacher and model have different vocabularies ({theirs[:12]}, {ours[:12]}): the same id is another token.",
-                where=str(teacher.path), help="Take a teacher with the model's own tokenizer.",
+                f"Teacher and model have different vocabularies.\n{told}", where=str(teacher.path),
+                help="Take a teacher with the model's own tokenizer.",
             )  # fmt: skip
         return teacher
 
@@ -97,7 +100,7 @@ class Pipeline:
         """The corpus of this config, or an error that says what the nearest one was made from."""
         identity, folder = self.corpus_identity, self.corpus_folder
         if folder.exists("MANIFEST.json"):
-            corpus = Corpus.open(folder, self.staging)
+            corpus = Corpus.open(folder, self.staging, self.run.data.exclude)
             corpus.refuse_overlap()
             return corpus
         other = nearest(self.store.child("corpus"), identity)
@@ -109,27 +112,48 @@ class Pipeline:
             help="If the change is meant, run `distft tokenize` and `distft score` with this config; else undo it.",
         )  # fmt: skip
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self, *, calibrate: bool = False) -> dict[str, Any]:
+        """What is there, and what a run would take; with `calibrate` the teacher reads a few documents here, and is measured."""
         from distft.plan.artifacts import survey
+        from distft.plan.estimate import estimate_run
+        from distft.plan.measured import TokenBytes, bytes_in_store, reading
         from distft.train.order import StepPlan
         from distft.train.schedule import check_warmup
 
         self._check_inputs()
-        digests = steps = None
-        if self.corpus_folder.exists("MANIFEST.json"):
-            corpus = self.corpus()
-            digests = {digest for split in corpus.splits for digest in corpus.digests(split)}
-            steps = StepPlan(corpus.lengths("train"), self.run.train).total_steps
+        corpus = self.corpus() if self.corpus_folder.exists("MANIFEST.json") else None
+        read = steps = trained = None
+        if corpus is not None:
+            lengths = corpus.lengths("train")
+            read, trained = reading(corpus, self.run.score.positions), int(lengths.sum())
+            steps = StepPlan(lengths, self.run.train).total_steps
             check_warmup(self.run.train, steps)
-        statuses, estimate = survey(
-            self.run, self.model, self.store, corpus_identity=self.corpus_identity, digests=digests,
-            teacher_identity=self.teacher_identity if self.run.needs_teacher else None, run_identity=self.run_identity,
+        teacher, identity = (self.teacher, self.teacher_identity) if self.run.needs_teacher else (None, None)
+        statuses = survey(
+            self.run, self.store, corpus_identity=self.corpus_identity, digests=read.digests if read else None,
+            teacher_identity=identity, run_identity=self.run_identity,
         )  # fmt: skip
-        return {
+        measured = self._calibrate(corpus) if calibrate else None
+        known = bytes_in_store(self.store, identity) if identity else None
+        if measured is not None:
+            known = TokenBytes(amount=measured.bytes_per_token, basis=f"measured on {measured.documents} documents")
+        estimate = estimate_run(self.run, self.model, teacher, reading=read, trained_tokens=trained, known=known)
+        result = {
             "artifacts": [status.facts() for status in statuses],
             "estimate": {**estimate.facts(), "steps": steps},
             "config": self.run.model_dump(mode="json"),
         }
+        if measured is not None:
+            result["calibration"] = measured.facts((read.tokens, read.scored_tokens) if read else None)
+        return result
+
+    def _calibrate(self, corpus: Corpus | None) -> Calibration:
+        if not self.run.needs_teacher:
+            raise ConfigError("There is nothing to calibrate: neither objective nor drift meter reads a teacher.", where="--calibrate",
+                              help="Plan without --calibrate, or give an objective or data.heldout that needs one.")  # fmt: skip
+        from distft.teacher.calibrate import calibrate
+
+        return calibrate(self.run, self.model, self.teacher, corpus)
 
     def _check_inputs(self) -> None:
         """Looks at all that a run reads, before anything is spent: models, the first row of each source, every task. One problem is
@@ -179,19 +203,29 @@ class Pipeline:
         return {"corpus": self.store.child("corpus", manifest.id).url, **totals}
 
     def score(self) -> dict[str, Any]:
-        from distft.teacher.build import build_teacher
+        from distft.teacher.build import build_teacher, the_rest
+        from distft.teacher.coverage import counted, coverage_report, how_to_exclude, quarantine_text
         from distft.teacher.reuse import before_scoring
+        from distft.teacher.tell import trial_text
 
         corpus = self.corpus()
         wanted = {digest for split in corpus.splits for digest in corpus.digests(split)}
         before_scoring(self.store, self.teacher_identity, wanted, reuse_only=self.run.score.reuse_only)
         self._writing_to(self.store.child("teacher", self.teacher_id))
         scored = build_teacher(self.run, corpus, self.teacher, self.store, self._map_units())
-        facts = scored.coverage.facts
-        return {
-            "teacher": scored.folder.url, "documents": facts["documents"], "documents_scored": scored.documents_scored,
-            "tokens_scored": scored.tokens_scored, "bytes_per_token": facts["bytes"] / max(1, facts["scored_tokens"]),
+        result: dict[str, Any] = {
+            "teacher": scored.folder.url, "documents": len(wanted), "documents_scored": scored.documents_scored,
+            "tokens_scored": scored.tokens_scored, "bytes_per_token": scored.coverage.bytes_per_token,
+            "coverage": coverage_report(scored.coverage, corpus, self.run.score.positions),
         }  # fmt: skip
+        quarantined = result["coverage"]["quarantined"]
+        if quarantined:
+            say(f"score: the teacher could not read {counted(len(quarantined))}, and training refuses a corpus that has them:\n"
+                f"{quarantine_text(quarantined)}\n{how_to_exclude(quarantined, corpus)}")  # fmt: skip
+        if self.run.score.limit is not None:
+            result["rest"] = the_rest(scored, corpus, self.run.score.positions)
+            say(trial_text(result))
+        return result
 
     def train(self) -> dict[str, Any]:
         from distft.engine.memory import enough_memory
@@ -236,8 +270,12 @@ class Pipeline:
         for verb, stage in self.stages():
             if verb == "score" and not self.run.needs_teacher:
                 say("score: neither objective nor drift meter reads a teacher")
-                continue
-            results[verb] = stage()
+            else:
+                results[verb] = stage()
+            if verb == "score" and self.run.score.limit is not None:
+                say(f"run: ends here, for score.limit={self.run.score.limit} is a trial; nothing was trained. Without it, the same "
+                    "command does everything.")  # fmt: skip
+                break
         return results
 
     def _map_units(self) -> MapUnits:
@@ -261,4 +299,6 @@ class Pipeline:
     def _cache(self, corpus: Corpus) -> Any:
         from distft.teacher.cache import TeacherCache
 
-        return TeacherCache.open(self.store, self.teacher_identity, corpus, self.staging) if self.run.needs_teacher else None
+        if not self.run.needs_teacher:
+            return None
+        return TeacherCache.open(self.store, self.teacher_identity, corpus, self.staging, limit=self.run.score.limit)

@@ -5,18 +5,24 @@ A worker is a callable from a unit to a generator that yields amounts of work as
 callable serves in process, where a caller just runs the generator. What an actor does is told in a stream per unit, in order: amounts,
 then the result or a DistftError.
 
-An actor that dies (killed, out of memory, its machine gone) gives its units back and another takes its place; the unit that it was
-at may be tried so often, and no more. A unit may therefore be worked on twice, even at once: its effect must be the same as of once.
+A hand is one actor, or a group of them on one machine that do each unit together, as ranks of a process group: all run the same
+worker on the same unit, and what the leading one tells counts.
+
+A hand that dies (an actor of it killed, out of memory, its machine gone) gives its units back and another takes its place; the unit
+that it was at may be tried so often, and no more. A unit may therefore be worked on twice, even at once: its effect must be the same
+as of once.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
+from uuid import uuid4
 
 from distft.cluster.session import ray_session
 from distft.errors import DistftError
@@ -47,7 +53,8 @@ Report = Callable[[float, str], object]
 class _Actor(Generic[Unit, Result]):
     """Runs in its own process. The worker is built with the first unit, so that what goes wrong then is told like all else."""
 
-    def __init__(self, make_worker: Callable[[], Worker[Unit, Result]]) -> None:
+    def __init__(self, make_worker: Callable[[], Worker[Unit, Result]], environment: dict[str, str]) -> None:
+        os.environ.update(environment)
         self.make_worker = make_worker
         self.worker: Worker[Unit, Result] | None = None
 
@@ -70,9 +77,12 @@ class _Actor(Generic[Unit, Result]):
 
 @dataclass(eq=False)
 class _Hand:
-    """An actor as its driver sees it."""
+    """An actor, or a group of them, as its driver sees it."""
 
-    actor: Any
+    actors: list[Any]
+    """By rank."""
+    place: Any
+    """What Ray keeps free for a group on one machine; None for a single actor."""
     attempts: list[_Attempt] = field(default_factory=list)
     """Its units, in the order in which it does them."""
     amount: float = 0.0
@@ -90,11 +100,12 @@ class _Hand:
 
 @dataclass(eq=False)
 class _Attempt:
-    """A unit in the hands of an actor."""
+    """A unit in a hand."""
 
     unit: Any
     hand: _Hand
-    stream: Any
+    streams: list[Any]
+    """What each actor tells, the leading one first."""
     begun: bool = False
     amount: float = 0.0
 
@@ -102,12 +113,12 @@ class _Attempt:
 class Pool(Generic[Unit, Result]):
     """Actors, for as long as their block lasts."""
 
-    def __init__(self, ray: Any, make_worker: Callable[[], Worker[Unit, Result]], *, workers: int, gpus_per_worker: int) -> None:
-        self.ray, self.workers, self.gpus = ray, workers, gpus_per_worker
+    def __init__(
+        self, ray: Any, make_worker: Callable[[], Worker[Unit, Result]], *, workers: int, gpus_per_actor: int, group: int = 1
+    ) -> None:
+        self.ray, self.workers, self.gpus, self.group = ray, workers, gpus_per_actor, group
         # Restarts are ours to do: Ray's would not count them by unit.
-        self.remote = ray.remote(_Actor).options(
-            num_cpus=1, num_gpus=gpus_per_worker, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
-        )
+        self.remote = ray.remote(_Actor).options(num_cpus=1, num_gpus=gpus_per_actor, max_restarts=0, max_task_retries=0)
         self.make_worker = make_worker
         self.hands = [self._start() for _ in range(workers)]
         self.mourned: list[_Hand] = []
@@ -121,14 +132,17 @@ class Pool(Generic[Unit, Result]):
         self._hand_out()
         told = False
         while attempts := [attempt for hand in self._all_hands() for attempt in hand.attempts]:
-            ready, _ = self.ray.wait([attempt.stream for attempt in attempts], timeout=QUIET_SECONDS)
+            ready, _ = self.ray.wait([stream for one in attempts for stream in one.streams], timeout=QUIET_SECONDS)
             if not ready and not told and not any(hand.lives for hand in self.hands):
                 told = True
                 self._say_what_is_awaited()
             for stream in ready:
-                attempt = next(attempt for attempt in attempts if attempt.stream is stream)
-                kind, value = self._next_event(attempt)
-                if kind == "result":
+                attempt = next(one for one in attempts if any(stream is each for each in one.streams))
+                leads = stream is attempt.streams[0]
+                kind, value = self._next_event(stream)
+                if kind == "result" and not leads:
+                    attempt.streams = [each for each in attempt.streams if each is not stream]
+                elif kind == "result":
                     attempt.hand.attempts.remove(attempt)
                     self._hand_out()
                     yield value
@@ -136,7 +150,7 @@ class Pool(Generic[Unit, Result]):
                     raise value
                 elif kind == "death":
                     self._bury(attempt, str(value), report)
-                else:
+                elif leads:
                     attempt.begun = attempt.hand.lives = True
                     if kind == "ready" and attempt.hand.since is None:
                         attempt.hand.since = time.monotonic()
@@ -146,10 +160,30 @@ class Pool(Generic[Unit, Result]):
 
     def close(self) -> None:
         for hand in self.hands:
-            self.ray.kill(hand.actor, no_restart=True)
+            self._end(hand)
 
     def _start(self) -> _Hand:
-        return _Hand(self.remote.remote(self.make_worker))
+        if self.group == 1:
+            spread = self.remote.options(scheduling_strategy="SPREAD")
+            return _Hand([spread.remote(self.make_worker, {})], None)
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        bundle = {"CPU": 1, **({"GPU": self.gpus} if self.gpus else {})}
+        place = self.ray.util.placement_group([bundle] * self.group, strategy="STRICT_PACK")
+        meeting = f"/tmp/distft-group-{uuid4().hex}"  # one machine, so one file system
+        actors = []
+        for rank in range(self.group):
+            strategy = PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=rank)
+            # Ray shows each actor its own GPU alone, which is number 0 there.
+            environment = {"RANK": str(rank), "WORLD_SIZE": str(self.group), "LOCAL_RANK": "0", "DISTFT_MEETING": meeting}
+            actors.append(self.remote.options(scheduling_strategy=strategy).remote(self.make_worker, environment))
+        return _Hand(actors, place)
+
+    def _end(self, hand: _Hand) -> None:
+        for actor in hand.actors:
+            self.ray.kill(actor, no_restart=True)
+        if hand.place is not None:
+            self.ray.util.remove_placement_group(hand.place)
 
     def _all_hands(self) -> list[_Hand]:
         """The dead too, while something of theirs is unread."""
@@ -165,13 +199,13 @@ class Pool(Generic[Unit, Result]):
             if held >= IN_FLIGHT or (held > 0 and len(self.waiting) <= self.workers):
                 return
             unit = self.waiting.popleft()
-            stream = hand.actor.work.options(num_returns="streaming").remote(unit)
-            hand.attempts.append(_Attempt(unit, hand, stream))
+            streams = [actor.work.options(num_returns="streaming").remote(unit) for actor in hand.actors]
+            hand.attempts.append(_Attempt(unit, hand, streams))
 
-    def _next_event(self, attempt: _Attempt) -> tuple[str, Any]:
+    def _next_event(self, stream: Any) -> tuple[str, Any]:
         errors = self.ray.exceptions
         try:
-            return self.ray.get(next(attempt.stream))
+            return self.ray.get(next(stream))
         except errors.RayTaskError:
             raise  # a bug, with the traceback of the other side
         except errors.RayError as error:
@@ -188,7 +222,7 @@ class Pool(Generic[Unit, Result]):
         if not hand.dead:
             hand.dead = True
             self.mourned.append(hand)
-            self.ray.kill(hand.actor, no_restart=True)  # one that is only out of reach would go on
+            self._end(hand)  # an actor that is only out of reach, or waits for another of its group, would go on
             self.hands[self.hands.index(hand)] = self._start()
         if guilty:
             self.deaths[name] = self.deaths.get(name, 0) + 1
@@ -209,7 +243,10 @@ class Pool(Generic[Unit, Result]):
         return f"{len(rates)} of {self.workers} workers, {rates[0]:,.0f} to {rates[-1]:,.0f}/s each"
 
     def _say_what_is_awaited(self) -> None:
-        wanted = f"{self.workers} workers with a CPU" + (f" and {self.gpus} GPU" if self.gpus else "") + " each"
+        each = f"{self.group} CPUs" + (f" and {self.group} GPUs" if self.gpus else "") + " of one machine"
+        if self.group == 1:
+            each = "a CPU" + (f" and {self.gpus} GPU" if self.gpus else "")
+        wanted = f"{self.workers} workers with {each} each"
         free = {key: value for key, value in self.ray.available_resources().items() if key in ("CPU", "GPU")}
         say(f"waiting for the cluster to start {wanted}; free are {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs")
 
@@ -223,15 +260,21 @@ def _short(cause: str) -> str:
 
 @contextmanager
 def open_pool(
-    make_worker: Callable[[], Worker[Unit, Result]], *, address: str = "local", workers: int | None, gpus: int = 0
+    make_worker: Callable[[], Worker[Unit, Result]], *, address: str = "local", workers: int | None, gpus: int = 0, group: int = 1
 ) -> Iterator[Pool[Unit, Result]]:
-    """Actors on an embedded Ray with `gpus` GPUs (`local`), or on the cluster at an address. Each has a CPU, and a GPU where the
-    cluster has any; `workers` None is one per GPU. At the end of the block, however it is left, no actor stays."""
-    with ray_session(address, cpus=workers or 1, gpus=gpus) as ray:
+    """Workers on an embedded Ray with `gpus` GPUs (`local`), or on the cluster at an address. A worker is a group of actors, each
+    with a CPU, and with a GPU where the cluster has any; `workers` None is as many as the GPUs suffice for. At the end of the block,
+    however it is left, no actor stays.
+
+    In a group, RANK and WORLD_SIZE tell each actor its place, and DISTFT_MEETING a file at which the ranks can meet."""
+    with ray_session(address, cpus=(workers or 1) * group, gpus=gpus) as ray:
         found = int(ray.cluster_resources().get("GPU", 0))
         if not found and address != "local":
             say("the cluster has no GPU: its CPUs do the work")
-        pool = Pool(ray, make_worker, workers=workers or max(1, found), gpus_per_worker=min(1, found))
+        largest = max((int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
+        if found and largest < group:
+            say(f"a teacher over {group} GPUs needs them in one machine, and none of the cluster has more than {largest} so far")
+        pool = Pool(ray, make_worker, workers=workers or max(1, found // group), gpus_per_actor=min(1, found), group=group)
         try:
             yield pool
         finally:
@@ -246,7 +289,8 @@ def map_units(
     address: str = "local",
     workers: int | None,
     gpus: int = 0,
+    group: int = 1,
 ) -> Generator[Result, None, None]:
     """`Pool.map` with a pool of its own."""
-    with open_pool(make_worker, address=address, workers=workers, gpus=gpus) as pool:
+    with open_pool(make_worker, address=address, workers=workers, gpus=gpus, group=group) as pool:
         yield from pool.map(units, report)

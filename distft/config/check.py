@@ -6,27 +6,46 @@ import os.path
 
 from distft.config.schema import NoDistribution, Run, Sample, Source
 from distft.errors import ConfigError
+from distft.objectives import catalog
+from distft.objectives.catalog import SftKl
+from distft.objectives.treatment import Wiring
 
 
 def check_run(run: Run, *, where: str) -> None:
     """Raises a ConfigError that lists every pair of settings that cannot go together."""
-    problems = [*_objective(run), *_model(run), *_data(run), *_tasks(run)]
+    problems = [*_objective(run), *_model(run), *_data(run), *_score(run), *_tasks(run)]
     if problems:
         raise ConfigError("\n".join(["Settings that do not go together:", *(f"  {p}" for p in problems)]), where=where,
                           help="Change one side of each, in the file or by overrides.")  # fmt: skip
 
 
+_UNWIRED: dict[Wiring, str] = {
+    "live": "decides by the student of each step, which training cannot do yet: sft, sft_kl, stm, stm_kl, lwf and kd run",
+    "groups": "asks for a mean per group, which training cannot do yet: set objective.normalise=token_mean",
+    "prompt_kl": "holds the prompt, which training cannot do yet: set objective.prompt_kl=0",
+    "document": "draws tokens by document, which training cannot do yet: set objective.select=highest or lowest",
+    "anchors": "wants annotated anchors, and documents cannot have any yet: set objective.anchors=floor",
+}
+
+
 def _objective(run: Run) -> list[str]:
+    rule, kind = run.objective, f"objective.kind={run.objective.kind}"
+    problems = [f"{kind} {_UNWIRED[part]}" for part in sorted(rule.wiring & catalog.NOT_WIRED)]
+    if rule.prompt_kl > 0 and run.score.positions != "all":
+        problems.append(
+            f"objective.prompt_kl={rule.prompt_kl:g} needs the teacher on the prompt's tokens, and score.positions="
+            f"{run.score.positions} leaves them out; set score.positions=all"
+        )
+    return problems + _distribution(run, kind)
+
+
+def _distribution(run: Run, kind: str) -> list[str]:
+    """What the objective asks of the teacher against what is kept of it; one problem at most, since one change may cure them all."""
     if run.objective.needs_distribution and isinstance(run.score.distribution, NoDistribution):
-        return [
-            f"objective.kind={run.objective.kind} needs the teacher's distribution, and score.distribution.kind=none keeps "
-            "signals alone; set it to topk"
-        ]
+        return [f"{kind} needs the teacher's distribution, and score.distribution.kind=none keeps signals alone; set it to topk"]
     if run.objective.needs_tail and isinstance(run.score.distribution, Sample):
-        return [
-            f"objective.kind={run.objective.kind} asks for KL(p||q), which draws from the teacher cannot give: set "
-            "score.distribution.kind=topk, or objective.direction=teacher_to_student"
-        ]
+        other = ", or objective.direction=teacher_to_student" if isinstance(run.objective, SftKl) else ""
+        return [f"{kind} asks for KL(p||q), which draws from the teacher cannot give: set score.distribution.kind=topk{other}"]
     if isinstance(run.score.distribution, NoDistribution) and run.data.heldout is not None:
         return [
             "data.heldout is for measuring drift, which needs a distribution: set score.distribution.kind=topk, or heldout to null"
@@ -51,6 +70,11 @@ def _data(run: Run) -> list[str]:
     if run.train.max_steps is not None and run.train.warmup_steps > run.train.max_steps:
         problems.append(f"train.warmup_steps={run.train.warmup_steps} is more than train.max_steps={run.train.max_steps}")
     return problems
+
+
+def _score(run: Run) -> list[str]:
+    asked = [key for key, given in (("limit", run.score.limit), ("retry_quarantined", run.score.retry_quarantined)) if given]
+    return [f"score.{key} asks to score documents, and score.reuse_only refuses to" for key in asked if run.score.reuse_only]
 
 
 def _rows_of(source: Source) -> tuple[str | None, ...]:

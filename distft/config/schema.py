@@ -16,6 +16,7 @@ from distft.objectives.catalog import Objective, Sft
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Dtype = Literal["float32", "bfloat16"]
 Auto = Literal["auto"]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{12,32}$")]
 
 
 class Model(Section):
@@ -72,6 +73,9 @@ class Data(Section):
     """Never trained on: drift is measured here. null: no drift meter."""
     max_tokens: Annotated[int, Field(ge=2)] = 4096
     """Longer documents are cut; one that is left with no supervised token is dropped, counted and named."""
+    exclude: tuple[Digest, ...] = Field(default=(), strict=False)
+    """Documents that are left out, by the digest that messages and `score --json` name, or its first 12 digits and more. The corpus
+    itself stays as it is. In quotes where there are only decimal digits."""
     workers: Annotated[int, Field(gt=0)] | Auto = "auto"
     """Processes that tokenise; auto: one per core."""
 
@@ -94,13 +98,20 @@ class Sample(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
+class Hidden(Section):
+    """The teacher's last hidden state of each token, in its own dtype, beside one copy of its output head: both KLs are then exact, at
+    two bytes (bfloat16) for each unit of the teacher's width."""
+
+    kind: Literal["hidden"]
+
+
 class NoDistribution(Section):
     """Signals only (log q of the label, entropy, rank): enough for `stm`, a few bytes a token."""
 
     kind: Literal["none"]
 
 
-Distribution = Annotated[TopK | Sample | NoDistribution, Field(discriminator="kind")]
+Distribution = Annotated[TopK | Sample | Hidden | NoDistribution, Field(discriminator="kind")]
 
 
 class Score(Section):
@@ -116,6 +127,10 @@ class Score(Section):
     GPU, or one in this process. Changes speed, never the cache."""
     reuse_only: bool = False
     """Refuse to score anything: for runs that must not cost a teacher pass by surprise."""
+    limit: Annotated[int, Field(gt=0)] | None = None
+    """A trial: score only the first so many training documents, and say what all would take. They are not scored again later."""
+    retry_quarantined: bool = False
+    """Read documents again that the teacher could not read before, as on a device with more memory."""
     tensor_parallel: Literal[1] = 1
     """A teacher must fit on one device so far."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,13 @@ import pyarrow as pa
 
 from distft.corpus.build import KIND
 from distft.corpus.tabulate import SCHEMA, SUPERVISED
-from distft.errors import CorruptArtifactError, DataError, MissingArtifactError
+from distft.errors import ConfigError, CorruptArtifactError, DataError, MissingArtifactError
 from distft.store.location import Location
 from distft.store.manifest import Manifest, fetch, read_manifest
 from distft.store.shards import read_shard
+
+NEAR_DIGITS = 4
+"""A name that shares fewer first digits with a digest is not one of it that was mistyped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +39,25 @@ class Document:
 
 
 class Corpus:
-    """A committed corpus. A split's files are fetched and checked when it is first asked for."""
+    """A committed corpus, without the documents that are left out by name. A split's files are fetched and checked when it is first
+    asked for."""
 
-    def __init__(self, folder: Location, manifest: Manifest, staging: Path) -> None:
-        self.folder, self.manifest, self.staging = folder, manifest, staging
+    def __init__(self, folder: Location, manifest: Manifest, staging: Path, exclude: Sequence[str] = ()) -> None:
+        self.folder, self.manifest, self.staging, self.exclude = folder, manifest, staging, tuple(exclude)
         self._splits: dict[str, _Split] = {}
+        if exclude:
+            self._leave_out(exclude)
 
     @classmethod
-    def open(cls, folder: Location, staging: Path) -> Corpus:
-        """The corpus in `folder`; `staging` is where files of a remote store are kept."""
+    def open(cls, folder: Location, staging: Path, exclude: Sequence[str] = ()) -> Corpus:
+        """The corpus in `folder`; `staging` is where files of a remote store are kept. `exclude` (the run file's `data.exclude`) names
+        documents, by digest or how it begins: counts, order and numbers are as if no row had ever made them."""
         manifest = read_manifest(folder)
         if manifest is None:
             raise MissingArtifactError("no corpus is committed here", where=folder.url, help="Run `distft tokenize CONFIG`.")
         if manifest.kind != KIND:
             raise CorruptArtifactError(f"a {manifest.kind} where a corpus should be", where=folder.url)
-        return cls(folder, manifest, staging)
+        return cls(folder, manifest, staging, exclude)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -58,7 +66,7 @@ class Corpus:
 
     def count(self, split: str) -> int:
         """Documents of a split."""
-        return self._split(split).starts[-1].item()
+        return len(self._split(split))
 
     def document(self, split: str, index: int) -> Document:
         """The document with this number, in the order of the rows."""
@@ -67,7 +75,7 @@ class Corpus:
     def documents(self, split: str) -> Iterator[Document]:
         """All documents in the order of the rows."""
         found = self._split(split)
-        return (found.document(index) for index in range(found.starts[-1]))
+        return (found.document(index) for index in range(len(found)))
 
     def digests(self, split: str) -> list[str]:
         """The documents' names, in their order; a row that occurs twice does so here."""
@@ -95,6 +103,14 @@ class Corpus:
                 help="Drift is measured on what is never trained on: remove them from data.heldout.",
             )
 
+    def _leave_out(self, exclude: Sequence[str]) -> None:
+        dropped = named_documents({digest for split in self.splits for digest in self.digests(split)}, exclude)
+        for split in self.splits:
+            self._splits[split] = _Split(self._splits[split].batches, dropped)
+            if not len(self._splits[split]):
+                raise ConfigError(f"data.exclude leaves no document of data.{split}.", where="data.exclude",
+                                  help="Exclude fewer, or give other data; data.heldout=null turns the drift meter off.")  # fmt: skip
+
     def _split(self, split: str) -> _Split:
         if split not in self._splits:
             if split not in self.splits:
@@ -107,6 +123,38 @@ class Corpus:
             tables = [_sound(read_shard(fetch(self.folder, entry, self.staging)), entry.name) for entry in entries]
             self._splits[split] = _Split([_Batch(batch) for table in tables for batch in table.to_batches() if len(batch)])
         return self._splits[split]
+
+
+def named_documents(digests: Set[str], names: Sequence[str]) -> set[str]:
+    """The documents that `names` mean, each a digest or what one digest alone begins with. All names that mean none, or several,
+    are told in one error."""
+    ordered = sorted(digests)
+    found: set[str] = set()
+    problems = []
+    for name in names:
+        place = bisect_left(ordered, name)
+        fitting = [digest for digest in ordered[place : place + 2] if digest.startswith(name)]
+        if len(fitting) == 1:
+            found.add(fitting[0])
+        elif fitting:
+            problems.append(
+                f"{name}: {len(fitting)} documents or more begin with it, {fitting[0]} and {fitting[1]}; give more digits"
+            )
+        else:
+            near = max(ordered[max(0, place - 1) : place + 1], key=lambda digest: _shared(digest, name), default="")
+            same = _shared(near, name)
+            told = f"nearest is {near}, in its first {same} digits" if same >= NEAR_DIGITS else "and none that is nearly so"
+            problems.append(f"{name}: no document is called so; {told}")
+    if problems:
+        head = f"{len(problems)} of the {len(names)} documents to leave out cannot be found in the corpus:"
+        raise ConfigError("\n".join([head, *(f"  {problem}" for problem in problems)]), where="data.exclude",
+                          help="Correct or remove them; `distft score --json` names those that were not read.")  # fmt: skip
+    return found
+
+
+def _shared(one: str, other: str) -> int:
+    """How many of the first digits are the same."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 class _Batch:
@@ -123,13 +171,21 @@ class _Batch:
 
 
 class _Split:
-    def __init__(self, batches: list[_Batch]) -> None:
+    """A split's batches, and which of their documents count; `dropped` ones do not."""
+
+    def __init__(self, batches: list[_Batch], dropped: Set[str] = frozenset()) -> None:
         self.batches = batches
         self.starts = np.cumsum([0, *(len(batch.row) for batch in batches)])
+        every = (digest for batch in batches for digest in batch.digest.to_pylist())
+        self.kept = np.flatnonzero([digest not in dropped for digest in every]) if dropped else np.arange(self.starts[-1])
+
+    def __len__(self) -> int:
+        return len(self.kept)
 
     def document(self, index: int) -> Document:
-        if not 0 <= index < self.starts[-1]:
-            raise IndexError(f"document {index} of {self.starts[-1]}")
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        index = int(self.kept[index])
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         batch, place = self.batches[number], index - int(self.starts[number])
         start, end = batch.offsets[place], batch.offsets[place + 1]
@@ -143,17 +199,19 @@ class _Split:
 
     @cached_property
     def digests(self) -> list[str]:
-        return [digest for batch in self.batches for digest in batch.digest.to_pylist()]
+        every = [digest for batch in self.batches for digest in batch.digest.to_pylist()]
+        return every if len(self) == len(every) else [every[index] for index in self.kept]
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        return np.concatenate([np.empty(0, np.int64), *(np.diff(batch.offsets) for batch in self.batches)]).astype(np.int64)
+        every = np.concatenate([np.empty(0, np.int64), *(np.diff(batch.offsets) for batch in self.batches)]).astype(np.int64)
+        return every[self.kept]
 
     @cached_property
     def supervised_counts(self) -> npt.NDArray[np.int64]:
         # No document is empty, so each offset but the last begins a sum.
         sums = [np.add.reduceat(batch.flags & SUPERVISED, batch.offsets[:-1], dtype=np.int64) for batch in self.batches]
-        return np.concatenate([np.empty(0, np.int64), *sums])
+        return np.concatenate([np.empty(0, np.int64), *sums])[self.kept]
 
 
 def _sound(table: pa.Table, name: str) -> pa.Table:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distft.objectives.loss import Targets, TokenValues
+from distft.objectives.treatment import LiveField
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,19 @@ class PackedTokens:
         return PackedTokens(tokens_RL=self.tokens_RL.to(device), positions_RL=self.positions_RL.to(device))
 
 
+class Selection(Protocol):
+    """An objective that treats tokens by what the student says of all of a document's."""
+
+    @property
+    def fields(self) -> frozenset[LiveField]:
+        """What has to be known of the student."""
+        ...
+
+    def settle(self, seen: TokenValues, targets: Targets) -> tuple[Targets, Tensor]:
+        """Targets of the tokens that have a weight now, and which of the batch's tokens, whose targets are given, they are."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """One forward and backward pass. `predictor_N[n]` is the place in the flattened rows whose hidden state predicts label
@@ -35,6 +49,8 @@ class MicroBatch:
     packed: PackedTokens
     predictor_N: Tensor
     targets: Targets
+    selection: Selection | None = None
+    """Makes the targets that are trained towards from those above, whose weights do not count then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

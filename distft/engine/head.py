@@ -20,14 +20,22 @@ class TrainedModel(nn.Module):
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, TokenValues]:
         """The sum of weighted token losses, and each token's values. A batch without a weighted token still runs the backbone
-        and has a gradient (zero): ranks must not part ways."""
+        and has a gradient (zero): ranks must not part ways.
+
+        An objective that selects by the student costs one more pass over the head, without gradient, and none over the backbone."""
         hidden_ND = self.model.hidden(batch.packed).index_select(0, batch.predictor_N)
-        head = self.model.head
-        return token_loss(hidden_ND, head.weight, head.bias, batch.targets, shape=self.model.shape)
+        head, targets = self.model.head, batch.targets
+        if batch.selection is not None:
+            seen = measure(
+                hidden_ND.detach(), head.weight, head.bias, targets, shape=self.model.shape, wanted=batch.selection.fields
+            )  # fmt: skip
+            targets, borne_N = batch.selection.settle(seen, targets)
+            hidden_ND = hidden_ND.index_select(0, borne_N)
+        return token_loss(hidden_ND, head.weight, head.bias, targets, shape=self.model.shape)
 
 
 @torch.no_grad()
-def measure_batch(model: LanguageModel, batch: MicroBatch, *, entropy: bool = False) -> TokenValues:
+def measure_batch(model: LanguageModel, batch: MicroBatch) -> TokenValues:
     """Each token's values, with no gradient."""
     hidden_ND = model.hidden(batch.packed).index_select(0, batch.predictor_N)
-    return measure(hidden_ND, model.head.weight, model.head.bias, batch.targets, shape=model.shape, entropy=entropy)
+    return measure(hidden_ND, model.head.weight, model.head.bias, batch.targets, shape=model.shape)

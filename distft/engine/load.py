@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distft.engine.base import PackedTokens
+from distft.engine.world import World
 from distft.errors import ModelError
-from distft.objectives.loss import LogitShape
+from distft.objectives.distributions import LogitShape
 from distft.store.model_folder import ModelFolder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -24,6 +26,21 @@ class LanguageModel:
     """The transformers model, for its config, its names and `generate`."""
     head: nn.Linear
     shape: LogitShape
+    first_id: int = 0
+    """The id of this rank's first head row; not 0 where ranks share the head."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The head rows that this rank holds."""
+        return _local(self.head.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.head.bias is None else _local(self.head.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
 
     def hidden(self, packed: PackedTokens) -> Tensor:
         """Last hidden states [R*L, D]; each document sees itself alone.
@@ -38,18 +55,23 @@ class LanguageModel:
         return output.last_hidden_state.flatten(0, 1)
 
 
-def load_model(folder: ModelFolder, *, dtype: str, attention: str, head_rows: int, device: torch.device) -> LanguageModel:
-    """Reads safetensors only; runs no code from the folder."""
+def load_model(
+    folder: ModelFolder, *, dtype: str, attention: str, head_rows: int, device: torch.device, group: World | None = None
+) -> LanguageModel:
+    """Reads safetensors only; runs no code from the folder. The ranks of a `group` hold the model together, each its share of every
+    large matrix: all of them call this, and later every pass, at once."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours say the same, and stay whole
     folder.weight_files()  # says clearly what is missing before transformers says it at length
+    group = group or World()
+    shared = group.size > 1
     try:
         whole: Any = AutoModelForCausalLM.from_pretrained(
             folder.path, dtype=DTYPES[dtype], attn_implementation=attention, local_files_only=True, trust_remote_code=False,
-            use_safetensors=True, output_loading_info=True,
+            use_safetensors=True, output_loading_info=True, **(_tensor_parallel(folder, group.size) if shared else {}),
         )  # fmt: skip
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         raise ModelError(
@@ -63,24 +85,62 @@ def load_model(folder: ModelFolder, *, dtype: str, attention: str, head_rows: in
             f"The weight files lack {len(absent)} tensors of the architecture, or hold them in another shape: {sorted(absent)[:5]}.",
             where=str(folder.path), help="Random numbers would stand in for them. Take a complete checkpoint.",
         )  # fmt: skip
-    return take_apart(whole.to(device), head_rows=head_rows, where=str(folder.path))
+    if not shared:
+        return take_apart(whole.to(device), head_rows=head_rows, where=str(folder.path))
+    if not isinstance(whole.get_output_embeddings().weight, DTensor):
+        raise ModelError(
+            f"{type(whole).__name__} has no plan for sharing its output head among ranks.", where=str(folder.path),
+            help="Set score.tensor_parallel=1, or take an architecture that transformers can share.",
+        )  # fmt: skip
+    return take_apart(whole, head_rows=head_rows, where=str(folder.path), rank=group.rank, size=group.size)
 
 
-def take_apart(whole: Any, *, head_rows: int, where: str) -> LanguageModel:
+def _tensor_parallel(folder: ModelFolder, size: int) -> dict[str, Any]:
+    """What makes transformers share a model among the ranks of the process group."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    config = folder.config.get("text_config") or folder.config
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = config.get(name) or size
+        if heads % size:
+            raise ModelError(f"The model's {heads} ({name}) cannot be shared evenly among {size} ranks.", where=str(folder.path),
+                             help=f"Set score.tensor_parallel to a number that divides {heads}.")  # fmt: skip
+    return {"distributed_config": DistributedConfig(tp_size=size)}
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _head_share(rows: int, head_rows: int, rank: int, size: int) -> tuple[int, int]:
+    """First id and number of token rows of a rank: torch cuts `rows` into equal runs, the last ones shorter; rows beyond
+    `head_rows` are padding."""
+    run = -(-rows // size)
+    first = min(rank * run, rows)
+    return first, max(0, min(first + run, rows, head_rows) - first)
+
+
+def take_apart(whole: Any, *, head_rows: int, where: str, rank: int = 0, size: int = 1) -> LanguageModel:
     """Finds backbone, head and logit shape, and proves the shape on a probe: for our logits to differ from the model's own is an
-    error here, not a surprise in training."""
+    error here, not a surprise in training. Of a model that `size` ranks hold together, this rank's part."""
     config, head = whole.config.get_text_config(), whole.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(f"The output head is a {type(head).__name__}; distft needs a linear one.", where=where)
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    model = LanguageModel(whole=whole, head=head, shape=LogitShape(rows=head_rows, scale=scale, softcap=softcap))
+    first, rows = _head_share(head.weight.shape[0], head_rows, rank, size)
+    if not rows:
+        raise ModelError(f"Rank {rank} of {size} would hold no token of a vocabulary of {head_rows}.", where=where,
+                         help="Set score.tensor_parallel lower.")  # fmt: skip
+    model = LanguageModel(
+        whole=whole, head=head, shape=LogitShape(rows=rows, scale=scale, softcap=softcap), first_id=first
+    )
     whole.eval()
     tokens = torch.arange(1, 9, device=head.weight.device)[None] % head_rows
     packed = PackedTokens(tokens_RL=tokens, positions_RL=torch.arange(tokens.shape[1], device=tokens.device)[None])
     with torch.no_grad():
-        own = whole(input_ids=tokens, use_cache=False).logits[0, :, :head_rows].float()
-        ours = model.shape.logits(model.hidden(packed), head.weight, head.bias)
+        own = whole(input_ids=tokens, use_cache=False).logits[0, :, first : first + rows].float()
+        ours = model.shape.logits(model.hidden(packed), model.weight, model.bias)
     if not bool(own.isfinite().all()):
         bad = [name for name, parameter in whole.named_parameters() if not bool(parameter.isfinite().all())]
         raise ModelError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class LocalEngine:
             (weighted_sum / normaliser).backward()
             self._gather_gradients()
             loss += float(weighted_sum.detach().double()) / normaliser
-            sums += _sums(values, batch)
+            sums += _sums(values)
         gradients = [m.grad for m in self.masters.values() if m.grad is not None]
         for gradient in gradients:
             self.world.sum_(gradient)
@@ -131,13 +132,12 @@ class LocalEngine:
             parameter.grad = self.masters[name].grad = None
 
 
-def _sums(values: TokenValues, batch: MicroBatch) -> Tensor:
+def _sums(values: TokenValues) -> Tensor:
     """[2, parts]: unweighted nats over the tokens that bear each weight, and how many they are."""
-    targets = batch.targets
     rows = torch.zeros(2, len(PARTS), dtype=torch.float64)
     pairs = zip(PARTS, (values.ce_N, values.kl_N, values.rkl_N, values.entropy_N), strict=True)
     for column, (part, value_N) in enumerate(pairs):
-        weight_N = getattr(targets, f"{part}_N")
+        weight_N = getattr(values.weights, f"{part}_N")
         if value_N is None:
             continue
         borne_N = (weight_N != 0).to(value_N.device)
@@ -149,4 +149,6 @@ def _sums(values: TokenValues, batch: MicroBatch) -> Tensor:
 def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:
     if batch.predictor_N.device == device:
         return batch
-    return MicroBatch(packed=batch.packed.to(device), predictor_N=batch.predictor_N.to(device), targets=batch.targets.to(device))
+    return replace(
+        batch, packed=batch.packed.to(device), predictor_N=batch.predictor_N.to(device), targets=batch.targets.to(device)
+    )  # fmt: skip

@@ -40,6 +40,25 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def max_(self, tensor: Tensor) -> Tensor:
+        """The largest over all ranks, in place, on every rank."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, in the order of ranks; they may differ in their first dimension."""
+        if self.size == 1:
+            return [tensor]
+        lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device))
+        rows = [int(length) for length in lengths]
+        padded = tensor.new_zeros(max(rows), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        found = [torch.empty_like(padded) for _ in rows]
+        dist.all_gather(found, padded)
+        return [one[:length] for one, length in zip(found, rows, strict=True)]
+
     def total(self, *numbers: float) -> list[float]:
         """Adds numbers over all ranks in float64."""
         return self.sum_(torch.tensor(numbers, dtype=torch.float64)).tolist()
@@ -69,6 +88,20 @@ def join_world() -> Iterator[World]:
         ) from error  # fmt: skip
     finally:
         dist.destroy_process_group()
+
+
+def join_group() -> World:
+    """The group of actors that this process was started into as one of, for as long as it lives; a world of one without. They share
+    a machine and meet at a file of it."""
+    meeting = os.environ.get("DISTFT_MEETING")
+    if meeting is None:
+        return World()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    this_device()
+    dist.init_process_group(
+        backend, init_method=f"file://{meeting}", rank=ranks.rank(), world_size=ranks.size(), timeout=PATIENCE
+    )  # fmt: skip
+    return World(rank=dist.get_rank(), size=dist.get_world_size())
 
 
 def device_count() -> int:

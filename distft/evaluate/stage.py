@@ -34,7 +34,7 @@ from distft.store.model_folder import ModelFolder, resolve_model
 from distft.store.put import put_file
 from distft.teacher.cache import TeacherCache
 from distft.teacher.identity import documents_key
-from distft.train.batches import micro_batch
+from distft.train.targets import micro_batch, supervised
 from distft.train.drift import measure_drift
 from distft.train.identity import model_identity
 from distft.train.record import newest_checkpoint
@@ -159,7 +159,7 @@ def _likelihoods(run: Run, model: _Lazily, documents: list[Document], label: str
         for batch in batches_by_tokens([len(d.tokens) for d in documents], run.evaluate.tokens_per_batch):
             chosen = [documents[i] for i in batch]
             counts = [int(d.supervised.sum()) for d in chosen]
-            values = model.measure(micro_batch(chosen, [treatment(n, ce=1.0) for n in counts], None))
+            values = model.measure(micro_batch([supervised(d, treatment(n, ce=1.0)) for d, n in zip(chosen, counts, strict=True)])[0])
             for i, nll_T in zip(batch, values.ce_N.double().split(counts), strict=True):
                 rows[i] = {"document": documents[i].digest, "nll": float(nll_T.sum()), "tokens": len(nll_T)}
             meter.advance(sum(len(d.tokens) for d in chosen))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from distft.config.schema import Run
-from distft.plan.estimate import Estimate, estimate
 from distft.store.location import Location
 from distft.store.manifest import Manifest, describe, differences, read_manifest
-from distft.store.model_folder import ModelFolder
 from distft.store.nearest import nearest
-from distft.teacher.identity import IDENTITY, documents_key, read_parts, teacher_folder
+from distft.teacher.identity import (
+    IDENTITY,
+    documents_key,
+    held_documents,
+    quarantined_documents,
+    read_parts,
+    teacher_folder,
+)
 from distft.train.identity import model_identity
 from distft.train.record import newest_checkpoint
 
@@ -35,29 +41,21 @@ class Status:
 
 def survey(
     run: Run,
-    model: ModelFolder,
     store: Location,
     *,
     corpus_identity: dict[str, Any],
     teacher_identity: dict[str, Any] | None,
     run_identity: dict[str, Any],
-    digests: set[str] | None,
-) -> tuple[list[Status], Estimate]:
-    """The state of every artifact in the order of the flow, and what the run would take. Writes nothing. `digests` are the corpus's
-    documents, where there is one."""
+    digests: Set[str] | None,
+) -> list[Status]:
+    """The state of every artifact in the order of the flow. Writes nothing. `digests` are the corpus's documents, where there is
+    one."""
     corpus_folder = store.child("corpus", Manifest(kind="corpus", identity=corpus_identity, files=()).id)
-    corpus = read_manifest(corpus_folder)
-    found = [_corpus(store, corpus, corpus_identity, corpus_folder)]
+    found = [_corpus(store, read_manifest(corpus_folder), corpus_identity, corpus_folder)]
     if teacher_identity is not None:
         found.append(_teacher(store, teacher_identity, digests))
     found.extend(_run(run, store, run_identity))
-    splits = corpus.facts if corpus else {}
-    tokens = sum(split["tokens"] for split in splits.values()) if corpus else None
-    trained = splits["train"]["tokens"] if corpus else None
-    return found, estimate(
-        run, parameters=model.parameter_count(), config=model.config.get("text_config") or model.config,
-        tokens=tokens, trained_tokens=trained,
-    )  # fmt: skip
+    return found
 
 
 def _corpus(store: Location, corpus: Manifest | None, identity: dict[str, Any], folder: Location) -> Status:
@@ -76,14 +74,15 @@ def _corpus(store: Location, corpus: Manifest | None, identity: dict[str, Any], 
     return Status(artifact="corpus", state="stale", note=describe(other.fields), verb="tokenize")
 
 
-def _teacher(store: Location, identity: dict[str, Any], digests: set[str] | None) -> Status:
+def _teacher(store: Location, identity: dict[str, Any], digests: Set[str] | None) -> Status:
     folder = teacher_folder(store, identity)
     if read_manifest(folder, IDENTITY) is None:
         other = nearest(store.child("teacher"), identity, IDENTITY)
         if other is None:
             return Status(artifact="teacher", state="missing", note="", verb="score")
         return Status(artifact="teacher", state="stale", note=describe(other.fields), verb="score")
-    held = {digest for part in read_parts(folder) for digest in part.facts["digests"]}
+    parts = read_parts(folder)
+    held, unreadable = held_documents(parts), quarantined_documents(parts).keys()
     if digests is None:
         return Status(
             artifact="teacher",
@@ -91,9 +90,14 @@ def _teacher(store: Location, identity: dict[str, Any], digests: set[str] | None
             note=f"{len(held):,} documents; how many serve is known after tokenize",
             verb="score",
         )
-    if folder.child("coverage").exists(f"{documents_key(digests)}.json"):
+    coverage = read_manifest(folder.child("coverage"), f"{documents_key(digests)}.json")
+    if coverage is not None and not coverage.facts.get("quarantined"):
         return Status(artifact="teacher", state="have", note=f"all {len(digests):,} documents", verb="score")
-    note = f"{len(digests & held):,} of {len(digests):,} documents; the others alone are scored"
+    note = f"{len(digests & held):,} of {len(digests):,} documents"
+    if digests - held - unreadable:
+        note += "; the others alone are scored"
+    if digests & unreadable:
+        note += f"; {len(digests & unreadable):,} that the teacher could not read must be left out (data.exclude)"
     return Status(artifact="teacher", state="partial", note=note, verb="score")
 
 

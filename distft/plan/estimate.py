@@ -1,6 +1,6 @@
 """Bytes, arithmetic and memory, from the run file and the model's headers alone.
 
-Every constant says where it is from. Estimates, for choosing hardware; the figures of a finished stage replace them.
+Every constant says where it is from. Estimates, for choosing hardware; what was measured replaces them (plan/measured.py).
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from distft.config.schema import NoDistribution, Run, Sample
+from distft.config.schema import Hidden, NoDistribution, Run, Sample
+from distft.plan.measured import Reading, TokenBytes
+from distft.store.model_folder import ModelFolder
 
 H100_FLOPS = 989e12
 UTILISATION = 0.4
@@ -17,21 +19,26 @@ UTILISATION = 0.4
 HEAD_BUFFER_BYTES = 3 << 27
 """Three [chunk, vocabulary] buffers of `objectives.loss.CHUNK_BYTES`, repeated here so that a plan needs no torch; a test compares."""
 
-SIGNAL_BYTES = 22
-"""Position, log q(y), entropy, rank, tail and count of one token, before compression."""
-ENTRY_BYTES = 6
+SIGNAL_BYTES = 14
+"""Position, log q(y), entropy, rank, tail and count of one token, as they lie compressed (README, "Compute a teacher cache once")."""
+ENTRY_BYTES = 2.7
+"""An id and its log-probability, likewise: 2.2 to 2.9 over the policies of that table."""
 DISTINCT_DRAWS = 8
 """Mean distinct ids among 50 stratified draws."""
 FLOOR_ENTRIES = 22
 """Mean kept entries a token at min_prob 1e-3 (17 to 26 on three corpora with a 135M model; sharper teachers keep fewer)."""
-COMPRESSED = 0.75
-"""What zstd leaves of it."""
+HIDDEN_COMPRESSED = 0.85
+"""What zstd leaves of hidden states, whose low bits are noise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     parameters: int
     teacher_bytes_per_token: float
+    basis: str
+    """How the bytes of a token are known (`TokenBytes.basis`)."""
+    teacher_bytes: int | None
+    """Of the whole corpus; None until it is tokenised."""
     memory_per_rank: int
     """Bytes: weights, gradients, both moments, activations of one micro-batch, and the loss head."""
     score_hours: float | None
@@ -42,17 +49,42 @@ class Estimate:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def estimate(run: Run, *, parameters: int, config: dict[str, Any], tokens: int | None, trained_tokens: int | None) -> Estimate:
-    """`tokens` are all that the teacher reads, `trained_tokens` those of one epoch."""
+def estimate_run(
+    run: Run, model: ModelFolder, teacher: ModelFolder | None, *, reading: Reading | None, trained_tokens: int | None,
+    known: TokenBytes | None,
+) -> Estimate:  # fmt: skip
+    """`trained_tokens` are those of one epoch; `known` are bytes that were measured. A `teacher` of None is the model itself."""
+    parameters, config = model.parameter_count(), _text_config(model)
+    found = known or TokenBytes(
+        amount=teacher_bytes_per_token(run, width=int(_text_config(teacher or model).get("hidden_size", 0))), basis="estimated"
+    )
+    return estimate(
+        run, parameters=parameters, config=config, known=found, trained_tokens=trained_tokens,
+        teacher_parameters=teacher.parameter_count() if teacher else parameters,
+        tokens=reading.tokens if reading else None, scored_tokens=reading.scored_tokens if reading else None,
+    )  # fmt: skip
+
+
+def estimate(
+    run: Run, *, parameters: int, teacher_parameters: int, config: dict[str, Any], known: TokenBytes,
+    tokens: int | None, scored_tokens: int | None, trained_tokens: int | None,
+) -> Estimate:  # fmt: skip
+    """`tokens` are all that the teacher reads, `scored_tokens` those that are kept, `trained_tokens` all of one epoch."""
     passes = 8 if run.train.gradient_checkpointing else 6
     pace = H100_FLOPS * UTILISATION * 3600
     return Estimate(
         parameters=parameters,
-        teacher_bytes_per_token=teacher_bytes_per_token(run),
+        teacher_bytes_per_token=known.amount,
+        basis=known.basis,
+        teacher_bytes=None if scored_tokens is None else round(known.amount * scored_tokens),
         memory_per_rank=memory_per_rank(run, parameters, config),
-        score_hours=None if tokens is None else 2 * parameters * tokens / pace,
+        score_hours=None if tokens is None else 2 * teacher_parameters * tokens / pace,
         train_hours=None if trained_tokens is None else passes * parameters * _all_tokens(run, trained_tokens) / pace,
     )
+
+
+def _text_config(model: ModelFolder) -> dict[str, Any]:
+    return model.config.get("text_config") or model.config
 
 
 def _all_tokens(run: Run, epoch_tokens: int) -> int:
@@ -60,14 +92,17 @@ def _all_tokens(run: Run, epoch_tokens: int) -> int:
     return tokens if run.train.max_steps is None else min(tokens, run.train.max_steps * run.train.tokens_per_step)
 
 
-def teacher_bytes_per_token(run: Run) -> float:
+def teacher_bytes_per_token(run: Run, *, width: int) -> float:
+    """`width` is the teacher's hidden size."""
     policy = run.score.distribution
+    if isinstance(policy, Hidden):
+        return SIGNAL_BYTES + width * (2 if run.teacher_model.dtype == "bfloat16" else 4) * HIDDEN_COMPRESSED
     if isinstance(policy, NoDistribution):
-        return SIGNAL_BYTES * COMPRESSED
+        return SIGNAL_BYTES
     if isinstance(policy, Sample):
-        return (SIGNAL_BYTES + DISTINCT_DRAWS * (policy.draws / 50) ** 0.5 * ENTRY_BYTES) * COMPRESSED
+        return SIGNAL_BYTES + DISTINCT_DRAWS * (policy.draws / 50) ** 0.5 * ENTRY_BYTES
     entries = policy.k if policy.min_prob == 0 else min(policy.k, FLOOR_ENTRIES * (1e-3 / policy.min_prob) ** 0.5)
-    return (SIGNAL_BYTES + entries * ENTRY_BYTES) * COMPRESSED
+    return SIGNAL_BYTES + entries * ENTRY_BYTES
 
 
 def memory_per_rank(run: Run, parameters: int, config: dict[str, Any]) -> int:

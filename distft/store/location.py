@@ -37,7 +37,7 @@ class Location(ABC):
 
     @abstractmethod
     def age(self, name: str) -> float:
-        """Seconds since a file was written, by the store's clock and this machine's; MissingArtifactError where there is none."""
+        """Seconds since a file was written, on S3 by the server's clock alone; MissingArtifactError where there is none."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:

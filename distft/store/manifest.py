@@ -141,10 +141,13 @@ def commit(folder: Location, manifest: Manifest, name: str = "MANIFEST.json") ->
 def read_manifest(folder: Location, name: str = "MANIFEST.json") -> Manifest | None:
     """The artifact in a folder, or None where none is committed."""
     try:
-        data = folder.read(name)
+        try:
+            return parse_manifest(folder.read(name), f"{folder.url}/{name}")
+        except CorruptArtifactError:
+            # As in `fetch`: a reply with wrong bytes may pass, and a second try decides.
+            return parse_manifest(folder.read(name), f"{folder.url}/{name}")
     except MissingArtifactError:
         return None
-    return parse_manifest(data, f"{folder.url}/{name}")
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:

@@ -7,6 +7,7 @@ Requests go through s3fs with its own retries and botocore's off, so that there 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import random
 import tempfile
@@ -15,13 +16,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from distft.errors import CorruptArtifactError, DistftError, MissingArtifactError, StoreError
 from distft.store.location import PARTIAL, Location, check_name, is_partial
-from distft.store.trouble import Trouble, understand
+from distft.store.trouble import Trouble, WrongBytesError, understand
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
@@ -34,8 +36,15 @@ TRANSFERS = 4
 WRITER = "distft-writer"
 """The metadata key under which `create` signs a file."""
 
+SCRATCH = "distft-scratch-"
+SCRATCH_SECONDS = 86_400.0
+"""So long after the last write to it a scratch file is one that its writer, killed since, has left."""
+
 PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 """Seconds between tries. A server that never answered this process gets the first three alone: a wrong address is told soon."""
+
+REREADS = 2
+"""Tries after the first of a request whose bytes were wrong: on their way they are wrong once, in the store always."""
 
 _clients: dict[tuple[object, ...], S3FileSystem] = {}
 _lock = threading.Lock()
@@ -67,7 +76,7 @@ class S3Location(Location):
         head = self._head(name)
         if head is None:
             raise self._missing(name)
-        return time.time() - head["LastModified"].timestamp()
+        return _now(head) - head["LastModified"].timestamp()
 
     def read(self, name: str) -> bytes:
         return self._get(name)
@@ -84,10 +93,14 @@ class S3Location(Location):
         # A reply can be lost and the request sent again, by aiohttp too, unseen from here; it then finds the name taken by
         # itself. The mark tells whose file that is, also from another writer's with equal bytes.
         mark = uuid.uuid4().hex
+        condition: dict[str, Any] = {"IfNoneMatch": "*"}
 
         def put() -> bool:
             try:
-                self._call("put_object", Key=self._key(name), Body=data, IfNoneMatch="*", Metadata={WRITER: mark})
+                self._put(name, data, Metadata={WRITER: mark}, **condition)
+            except WrongBytesError:
+                condition.clear()  # the name is ours, and so is what is wrong there: now it is put right
+                raise
             except Exception as error:
                 if understand(error) is not Trouble.TAKEN:
                     raise
@@ -98,7 +111,7 @@ class S3Location(Location):
         return self._patiently(put, "write", name)
 
     def replace(self, name: str, data: bytes) -> None:
-        self._patiently(lambda: self._call("put_object", Key=self._key(name), Body=data), "write", name)
+        self._patiently(lambda: self._put(name, data), "write", name)
 
     def upload(self, name: str, path: Path) -> None:
         size = path.stat().st_size
@@ -179,13 +192,15 @@ class S3Location(Location):
 
     def scratch(self, name: str) -> Path:
         check_name(name, self.url)
-        return Path(tempfile.gettempdir()) / f"distft-{uuid.uuid4().hex}"
+        folder = Path(tempfile.gettempdir())
+        _clean(folder)
+        return folder / f"{SCRATCH}{uuid.uuid4().hex}"
 
     def sweep(self, older_than_seconds: float = 86_400.0, *, dry_run: bool = False) -> list[str]:
         swept: list[str] = []
         for page in self._pages("list_multipart_uploads", ""):
             for upload in page.get("Uploads", ()):
-                if time.time() - upload["Initiated"].timestamp() >= older_than_seconds:
+                if _now(page) - upload["Initiated"].timestamp() >= older_than_seconds:
                     if not dry_run:
                         self._call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
                     swept.append(upload["Key"].removeprefix(self._below))
@@ -217,6 +232,19 @@ class S3Location(Location):
     def _call(self, method: str, **request: Any) -> dict[str, Any]:
         client: Any = _client()  # s3fs does not declare what its synchronous methods return
         return client.call_s3(method, Bucket=self.bucket, **request)
+
+    def _put(self, name: str, data: bytes, **request: Any) -> None:
+        """One request; WrongBytesError where other bytes arrived. An ETag is most servers' MD5 of what they stored, and no promise:
+        one that differs is a reason to look."""
+        reply = self._call("put_object", Key=self._key(name), Body=data, **request)
+        encrypted = str(reply.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in reply
+        told = str(reply.get("ETag", "")).strip('"')
+        if encrypted or told == hashlib.md5(data, usedforsecurity=False).hexdigest():
+            return
+        with contextlib.suppress(CorruptArtifactError):
+            if self._get(name) == data:
+                return
+        raise WrongBytesError(f"{self._of(name)} was stored with other bytes")
 
     def _head(self, name: str) -> dict[str, Any] | None:
         try:
@@ -281,7 +309,7 @@ class S3Location(Location):
                 if trouble is Trouble.OTHER and not isinstance(error, OSError):
                     raise  # not the store's doing: a bug keeps its traceback
                 known = _endpoint() in _answered
-                if not trouble.passing or tries >= (len(PAUSES) if known else 3):
+                if not trouble.passing or tries >= (REREADS if trouble is Trouble.GARBLED else len(PAUSES) if known else 3):
                     raise self._told(trouble, verb, name, error) from error
             else:
                 _answered.add(_endpoint())
@@ -295,8 +323,27 @@ class S3Location(Location):
     def _told(self, trouble: Trouble, verb: str, name: str, error: Exception | None = None) -> DistftError:
         if trouble is Trouble.ABSENT and verb not in ("write", "list"):
             return self._missing(name)
+        kind = CorruptArtifactError if trouble is Trouble.GARBLED else StoreError
         what, help = trouble.explain(endpoint=_endpoint(), bucket=self.bucket, error=error)
-        return StoreError(f"cannot {verb} {self._of(name)}: {what}", where=self.url, help=help)
+        return kind(f"cannot {verb} {self._of(name)}: {what}", where=self.url, help=help)
+
+
+def _clean(folder: Path) -> None:
+    """Removes scratch files that killed writers left: no other cleaner looks at this machine's own disk."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f"{SCRATCH}*"):
+            with contextlib.suppress(OSError):  # another user's, or gone
+                if time.time() - path.stat().st_mtime >= SCRATCH_SECONDS:
+                    path.unlink()
+
+
+def _now(reply: dict[str, Any]) -> float:
+    """The server's clock: this machine's may be hours off, and a cleaner would take what is being written for old."""
+    told = reply.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    try:
+        return parsedate_to_datetime(told).timestamp()
+    except ValueError:
+        return time.time()
 
 
 def _endpoint() -> str:

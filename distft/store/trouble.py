@@ -9,6 +9,10 @@ from enum import Enum, auto
 from typing import Any
 
 
+class WrongBytesError(Exception):
+    """What is stored is not what was sent, although the server said that all was well."""
+
+
 class Trouble(Enum):
     """Why a request failed."""
 
@@ -20,6 +24,8 @@ class Trouble(Enum):
     """5xx or 429: the server is overloaded or broken for now."""
     LOST = auto()
     """The connection broke or timed out; the request may have been carried out."""
+    GARBLED = auto()
+    """The bytes that came, or went, are not those that the checksum beside them was made of."""
     UNREACHABLE = auto()
     """No connection came about; the request was not carried out."""
     ABSENT = auto()
@@ -38,7 +44,7 @@ class Trouble(Enum):
     @property
     def passing(self) -> bool:
         """Whether the same request may succeed a moment later."""
-        return self in (Trouble.CONFLICT, Trouble.BUSY, Trouble.LOST, Trouble.UNREACHABLE)
+        return self in (Trouble.CONFLICT, Trouble.BUSY, Trouble.LOST, Trouble.GARBLED, Trouble.UNREACHABLE)
 
     def explain(self, *, endpoint: str, bucket: str, error: Exception | None) -> tuple[str, str]:
         """What is wrong, and what to do, without any text of the server's: it may quote what was sent."""
@@ -50,6 +56,10 @@ class Trouble(Enum):
             Trouble.CONFLICT: (f"other writers keep getting in the way ({said})", again),
             Trouble.BUSY: (f"{endpoint} keeps failing ({said})", again),
             Trouble.LOST: (f"the connection to {endpoint} keeps breaking ({said})", again),
+            Trouble.GARBLED: (
+                f"wrong bytes arrive from {endpoint}, or at it ({said})",
+                "Nothing wrong is used. Check network and server; if it stays, restore the file from a copy, or make it again.",
+            ),
             Trouble.UNREACHABLE: (
                 f"{endpoint} cannot be reached",
                 "Check AWS_ENDPOINT_URL (and AWS_DEFAULT_REGION on AWS), the network and its proxies.",
@@ -84,8 +94,9 @@ class Trouble(Enum):
 _REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired",
             "RequestTimeTooSkewed", "InvalidSecurity", "InvalidClientTokenId"}  # fmt: skip
 _ELSEWHERE = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException", "Redirect"}
-_BUSY = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "IncompleteBody", "BadDigest",
-         "XAmzContentSHA256Mismatch", "Throttling", "ThrottlingException", "TooManyRequests"}  # fmt: skip
+_BUSY = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "IncompleteBody", "Throttling",
+         "ThrottlingException", "TooManyRequests"}  # fmt: skip
+_GARBLED = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
 
 
 def understand(error: BaseException) -> Trouble:
@@ -110,6 +121,8 @@ def understand(error: BaseException) -> Trouble:
             | boto.SSOTokenLoadError,
         ):
             return Trouble.NO_CREDENTIALS
+        if isinstance(cause, boto.ChecksumError | boto.FlexibleChecksumError | WrongBytesError):
+            return Trouble.GARBLED
         if isinstance(cause, boto.EndpointConnectionError | boto.ConnectTimeoutError | aiohttp.ClientConnectorError):
             return Trouble.UNREACHABLE
         if isinstance(
@@ -142,6 +155,8 @@ def _of_reply(status: int, code: str) -> Trouble:
         return Trouble.ELSEWHERE
     if status == 507 or code in ("QuotaExceeded", "XMinioStorageFull", "EntityTooLarge"):
         return Trouble.FULL
+    if code in _GARBLED:
+        return Trouble.GARBLED
     if code in _BUSY or (status >= 500 and status != 501) or status == 429:
         return Trouble.BUSY
     if code == "NoSuchBucket":

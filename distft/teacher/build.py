@@ -3,24 +3,35 @@
 A cache belongs to a teacher and a policy, not to a corpus: `teacher/<id>/` grows by parts, each a set of documents committed on its
 own. A corpus is covered when all of its documents are in some part; that is written down in `coverage/<documents>.json`, last.
 So an interrupted run loses at most the parts that were under way, a larger corpus costs its new documents, and a smaller one nothing.
+Documents that the teacher could not read count as tried: they are read again only when `score.retry_quarantined` asks for it.
 
-Here is the driver: what is missing, cut into units, and the coverage. `teacher/scorer.py` scores a unit and commits it as a part.
+Here is the driver: what is missing, cut into units. `teacher/scorer.py` scores a unit and commits it as a part.
 """
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from distft.config.schema import Run
 from distft.corpus.reader import Corpus
-from distft.errors import DistftError
-from distft.progress import track
+from distft.progress import say, track
 from distft.store.location import Location
-from distft.store.manifest import FileEntry, Manifest, commit, read_manifest
+from distft.store.manifest import Manifest, commit
 from distft.store.model_folder import ModelFolder
-from distft.teacher.identity import IDENTITY, documents_key, read_parts, teacher_folder, teacher_identity
+from distft.teacher.coverage import Coverage, commit_coverage, places_of, read_coverage, survey, token_counts
+from distft.teacher.identity import (
+    IDENTITY,
+    documents_key,
+    held_documents,
+    quarantined_documents,
+    read_parts,
+    teacher_folder,
+    teacher_identity,
+)
 from distft.teacher.scorer import Scorer, ScorerPlan, Unit, UnitScored
 
 PART_TOKENS = 1 << 20
@@ -43,6 +54,7 @@ def in_process(
 ) -> Iterator[UnitScored]:
     """One unit after the other, in this process."""
     scorer = make_worker()
+    report(0.0, "")  # ready
     for unit in units:
         steps = scorer(unit)
         while True:
@@ -58,37 +70,89 @@ class Scored:
     """What a run of `score` did."""
 
     folder: Location
-    coverage: Manifest
+    coverage: Coverage
+    """Of the whole corpus, after a trial too; only a trial leaves documents missing."""
     documents_scored: int
     tokens_scored: int
+    tokens_per_second: float | None
+    """Tokens that were read in a second, by all scorers; None where there was too little to tell."""
 
 
 def build_teacher(run: Run, corpus: Corpus, model: ModelFolder, store: Location, map_units: MapUnits = in_process) -> Scored:
-    """Scores what is missing and commits the corpus's coverage. Loads no weights when nothing is missing."""
+    """Scores what is missing and commits the corpus's coverage; with `score.limit`, scores so much of it and commits none. Loads no
+    weights when nothing is missing."""
     identity = teacher_identity(model, run.score, run.teacher_model.dtype)
     folder = teacher_folder(store, identity)
     commit(folder, Manifest(kind="teacher", identity=identity, files=()), IDENTITY)
-    wanted = {digest: (split, row) for split in corpus.splits for row, digest in enumerate(corpus.digests(split))}
-    covered = read_manifest(folder.child("coverage"), f"{documents_key(wanted)}.json")
+    wanted = places_of(corpus)
+    covered = read_coverage(folder, wanted)
     if covered is not None:
-        return Scored(folder=folder, coverage=covered, documents_scored=0, tokens_scored=0)
+        return Scored(folder=folder, coverage=covered, documents_scored=0, tokens_scored=0, tokens_per_second=None)
 
-    held = {digest for part in read_parts(folder) for digest in part.facts["digests"]}
-    missing = [digest for digest in wanted if digest not in held]
-    units = units_of(corpus, wanted, set(missing))
+    parts = read_parts(folder)
+    held = held_documents(parts)
+    if not run.score.retry_quarantined:
+        held |= quarantined_documents(parts).keys()
+    asked = wanted if run.score.limit is None else {d: wanted[d] for d in corpus.digests("train")[: run.score.limit]}
+    missing = [digest for digest in asked if digest not in held]
+    units = _fresh(units_of(corpus, asked, set(missing)), parts)
     plan = ScorerPlan(run=run, model=model, folder=folder, corpus=corpus.folder, opened=corpus)
-    results = _score(plan, units, map_units) if units else []
+    results, pace = _score(plan, units, map_units) if units else ([], None)
     return Scored(
         folder=folder,
-        coverage=_commit_coverage(folder, set(wanted)),
+        coverage=commit_coverage(folder, wanted) if run.score.limit is None else survey(wanted, read_parts(folder)),
         documents_scored=sum(result.documents for result in results),
         tokens_scored=sum(result.scored_tokens for result in results),
+        tokens_per_second=pace,
     )
 
 
-def _score(plan: ScorerPlan, units: list[Unit], map_units: MapUnits) -> list[UnitScored]:
+def the_rest(scored: Scored, corpus: Corpus, positions: str) -> dict[str, Any]:
+    """What the documents that are still missing would take, by what those took that were scored."""
+    missing, pace = scored.coverage.missing, scored.tokens_per_second
+    tokens, kept = token_counts(corpus, scored.coverage.wanted, missing, positions)
+    return {
+        "documents": len(missing), "tokens": tokens, "bytes": round(kept * scored.coverage.bytes_per_token),
+        "hours": tokens / pace / 3600 if pace else None, "tokens_per_second": pace,
+    }  # fmt: skip
+
+
+class _Pace:
+    """Passes amounts of work on, and knows how many a second were done since the first scorer was ready: loading a model takes no
+    longer for a larger corpus."""
+
+    def __init__(self, report: Callable[[float, str], object]) -> None:
+        self.report, self.done = report, 0.0
+        self.start = self.last = time.monotonic()
+
+    def __call__(self, amount: float, note: str) -> None:
+        self.last = time.monotonic()
+        if not self.done:
+            self.start = self.last if not amount else self.start  # amounts of 0 say that a scorer lives, then that it is ready
+        self.done += amount
+        self.report(amount, note)
+
+    @property
+    def rate(self) -> float | None:
+        return self.done / (self.last - self.start) if self.done > 0 and self.last > self.start else None
+
+
+def _score(plan: ScorerPlan, units: list[Unit], map_units: MapUnits) -> tuple[list[UnitScored], float | None]:
     with track("score", sum(unit.tokens for unit in units), "tokens") as meter:
-        return list(map_units(plan, units, meter.advance))
+        pace = _Pace(meter.advance)
+        results = list(map_units(plan, units, pace))
+    crowded = sum(result.crowded for result in results)
+    if crowded:
+        say(f"score: {crowded:,} batches did not fit in memory and were read document by document, which takes longer. Lower "
+            f"score.tokens_per_batch, which is {plan.run.score.tokens_per_batch:,}.")  # fmt: skip
+    return results, pace.rate
+
+
+def _fresh(units: list[Unit], parts: list[Manifest]) -> list[Unit]:
+    """The units under names that no part has. One of the very same documents is there when none of them could be read, and all are
+    tried again."""
+    taken = Counter(part.identity["documents"] for part in parts)
+    return [replace(unit, name=f"{unit.name}-{taken[unit.name] + 1}") if taken[unit.name] else unit for unit in units]
 
 
 def units_of(corpus: Corpus, wanted: dict[str, tuple[str, int]], missing: set[str]) -> list[Unit]:
@@ -116,24 +180,3 @@ def _cut(digests: list[str], sizes: list[int], limit: int) -> list[list[str]]:
         parts[-1].append(digest)
         room -= size
     return parts
-
-
-def _commit_coverage(folder: Location, wanted: set[str]) -> Manifest:
-    """Names the parts that hold the wanted documents. Where two parts hold one document, the first in name order serves it."""
-    files: list[FileEntry] = []
-    open_digests, facts = set(wanted), {"scored_tokens": 0, "entries": 0, "bytes": 0}
-    for part in read_parts(folder):
-        useful = open_digests & set(part.facts["digests"])
-        if useful:
-            files.extend(part.files)
-            facts["scored_tokens"] += part.facts["scored_tokens"]
-            facts["entries"] += part.facts["entries"]
-            facts["bytes"] += sum(entry.size for entry in part.files)
-            open_digests -= useful
-    if open_digests:
-        raise DistftError(f"{len(open_digests)} documents are in no part of the cache although all were scored.", where=folder.url,
-                          help="Parts were deleted while this ran. Run `distft score` again.")  # fmt: skip
-    key = documents_key(wanted)
-    identity = {"teacher": folder.url.rsplit("/", 1)[-1], "documents": key}
-    manifest = Manifest(kind="teacher-coverage", identity=identity, files=tuple(files), facts={**facts, "documents": len(wanted)})
-    return commit(folder, manifest, f"coverage/{key}.json")

@@ -16,15 +16,25 @@ import torch
 
 from distft.corpus.reader import Corpus, Document
 from distft.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
-from distft.objectives.loss import SparseRows
+from distft.objectives.distributions import DenseHead, DenseRows, SparseRows
 from distft.objectives.treatment import Signals
 from distft.store.location import Location
 from distft.store.manifest import Manifest, read_manifest
 from distft.store.nearest import nearest
 from distft.store.shards import read_shard
+from distft.teacher.coverage import how_to_exclude, places_of, quarantine_text, quarantined_rows
 from distft.teacher.encode import PlainShard
-from distft.teacher.forward import Scores
-from distft.teacher.identity import IDENTITY, documents_key, read_parts, scored_positions, teacher_folder
+from distft.teacher.head_copy import dense_rows, read_head
+from distft.teacher.identity import (
+    IDENTITY,
+    documents_key,
+    held_documents,
+    is_whole,
+    read_parts,
+    scored_positions,
+    teacher_folder,
+)
+from distft.teacher.scores import Scores
 from distft.teacher.staging import make_room, staged
 
 
@@ -39,15 +49,27 @@ class TeacherCache:
     """Whether its distributions are draws, so that divergences from them are estimates."""
     shards: list[PlainShard]
     places: dict[str, tuple[int, int]]
+    head: DenseHead | None
+    """The teacher's output head, where hidden states are kept."""
 
     @classmethod
-    def open(cls, store: Location, identity: dict[str, Any], corpus: Corpus, staging: Path) -> TeacherCache:
-        """Refuses a cache that does not hold every document of the corpus, or that another teacher made; says which it is."""
+    def open(
+        cls, store: Location, identity: dict[str, Any], corpus: Corpus, staging: Path, *, limit: int | None = None
+    ) -> TeacherCache:
+        """Refuses a cache that does not hold every document of the corpus, or that another teacher made; says which it is. `limit` is
+        the run file's `score.limit`, which may be why documents are missing."""
         folder = teacher_folder(store, identity)
-        wanted = {digest for split in corpus.splits for digest in corpus.digests(split)}
+        corpus_places = places_of(corpus)
+        wanted = set(corpus_places)
         coverage = read_manifest(folder.child("coverage"), f"{documents_key(wanted)}.json")
         if coverage is None:
-            raise _not_there(store, folder, identity, wanted)
+            raise _not_there(store, folder, identity, wanted, limit)
+        if not is_whole(coverage):
+            rows = quarantined_rows(coverage.facts["quarantined"], corpus_places, corpus)
+            raise MissingArtifactError(
+                f"The teacher could not read {len(rows):,} of the corpus's {len(wanted):,} documents:\n{quarantine_text(rows)}",
+                where=f"{rows[0]['file']}:{rows[0]['row']}", help=how_to_exclude(rows, corpus),
+            )  # fmt: skip
         paths = [staged(folder, entry, staging) for entry in coverage.files]
         make_room(staging, paths)
         shards = [PlainShard(read_shard(path), where=folder.url) for path in paths]
@@ -61,8 +83,9 @@ class TeacherCache:
                 f"{len(absent)} documents that the coverage promises are in none of its {len(shards)} shards.", where=folder.url,
                 help="Remove the file under coverage/ and run `distft score` again.",
             )  # fmt: skip
-        sampled = identity["distribution"]["kind"] == "sample"
-        return cls(folder, coverage, identity["positions"], sampled, shards, places)
+        kind = identity["distribution"]["kind"]
+        head = read_head(folder, staging) if kind == "hidden" else None
+        return cls(folder, coverage, identity["positions"], kind == "sample", shards, places, head)
 
     def scores(self, document: Document) -> Scores:
         """The teacher's word on one document, checked against the document itself: a row that is about other tokens is corrupt."""
@@ -76,6 +99,10 @@ class TeacherCache:
                 help="Run `distft score` into a fresh store.",
             )  # fmt: skip
         return scores
+
+    def rows(self, scores: list[Scores]) -> SparseRows | DenseRows:
+        """The distributions of consecutive documents, as the loss wants them."""
+        return sparse_rows(scores) if self.head is None else dense_rows(scores, self.head)
 
     def supervised(self, document: Document) -> Scores:
         """The same for its supervised tokens alone."""
@@ -115,13 +142,16 @@ def sampling_excess(scores: Scores) -> npt.NDArray[np.float64]:
     return scores.entropy.astype(np.float64) - entropy_N
 
 
-def _not_there(store: Location, folder: Location, identity: dict[str, Any], wanted: set[str]) -> Exception:
+def _not_there(store: Location, folder: Location, identity: dict[str, Any], wanted: set[str], limit: int | None) -> Exception:
     """Why there is nothing to train on: building, or made by another teacher or policy, or never begun."""
     if read_manifest(folder, IDENTITY) is not None:
-        held = {digest for part in read_parts(folder) for digest in part.facts["digests"]}
+        held = held_documents(read_parts(folder))
+        trial = (
+            "" if limit is None else f" and score.limit=null: score.limit={limit} is a trial, which leaves the cache unfinished"
+        )
         return MissingArtifactError(
             f"The teacher cache holds {len(wanted & held):,} of the corpus's {len(wanted):,} documents.", where=folder.url,
-            help="Run `distft score` with this config; it reads the rest and nothing twice.",
+            help=f"Run `distft score` with this config{trial}; it reads the rest and nothing twice.",
         )  # fmt: skip
     other = nearest(store.child("teacher"), identity, IDENTITY)
     if other is None:

@@ -17,8 +17,8 @@ import yaml
 
 from distft.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError, UserInputError
 from distft.store.location import Location, open_location
-from distft.store.manifest import Manifest, parse_manifest
-from distft.teacher.identity import FORMAT, IDENTITY, read_parts
+from distft.store.manifest import Manifest, parse_manifest, read_manifest
+from distft.teacher.identity import FORMAT, IDENTITY, held_documents, is_whole, quarantined_documents, read_parts
 from distft.train.record import newest_checkpoint
 
 _ID = re.compile(r"[0-9a-f]{1,16}")
@@ -126,17 +126,19 @@ def _entry(folder: Location, users: list[RunUse]) -> dict[str, Any]:
 
 def figures(folder: Location) -> dict[str, Any]:
     """What a cache's committed parts add up to."""
-    parts = read_parts(folder)
+    parts, rooms = read_parts(folder), folder.child("coverage")
+    coverage = [read_manifest(rooms, name) for name in rooms.names()]
     size, scored = sum(entry.size for part in parts for entry in part.files), sum(part.facts["scored_tokens"] for part in parts)
     return {
-        "documents": len({digest for part in parts for digest in part.facts["digests"]}),
+        "documents": len(held_documents(parts)),
+        "quarantined": len(quarantined_documents(parts)),
         "tokens": sum(part.facts["tokens"] for part in parts),
         "scored_tokens": scored,
         "entries": sum(part.facts["entries"] for part in parts),
         "bytes": size,
         "bytes_per_token": size / max(1, scored),
         "parts": len(parts),
-        "corpora_covered": len(folder.child("coverage").names()),
+        "corpora_covered": sum(stated is not None and is_whole(stated) for stated in coverage),
     }
 
 

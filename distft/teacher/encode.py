@@ -15,10 +15,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distft.errors import CorruptArtifactError
-from distft.teacher.forward import Scores
+from distft.teacher.scores import Scores
 
 DOCUMENTS_PER_BATCH = 64
-ENTRIES_PER_BATCH = 1 << 26
+VALUES_PER_BATCH = 1 << 26
 
 COLUMNS: dict[str, pa.DataType] = {
     "positions": pa.uint32(),
@@ -29,6 +29,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "counts": pa.uint16(),
     "ids": pa.uint32(),
     "logprobs": pa.float16(),
+    "hidden": pa.uint16(),
 }
 
 SCHEMA = pa.schema(
@@ -50,12 +51,13 @@ def to_batch(digests: Sequence[str], lengths: Sequence[int], scores: Sequence[Sc
 
 def batches_by_entries(scores: Sequence[Scores]) -> Iterator[slice]:
     """Consecutive documents for one record batch: few enough to be read at once, and within Arrow's 32-bit offsets."""
-    start = entries = 0
+    start = values = 0
     for index, score in enumerate(scores):
-        if index > start and (index - start >= DOCUMENTS_PER_BATCH or entries + len(score.ids) > ENTRIES_PER_BATCH):
+        more = len(score.ids) + len(score.hidden)
+        if index > start and (index - start >= DOCUMENTS_PER_BATCH or values + more > VALUES_PER_BATCH):
             yield slice(start, index)
-            start, entries = index, 0
-        entries += len(score.ids)
+            start, values = index, 0
+        values += more
     if scores:
         yield slice(start, len(scores))
 
@@ -92,6 +94,8 @@ class PlainShard:
         tokens = len(scores.positions)
         uneven = [name for name in ("label_logprob", "entropy", "rank", "tail", "counts") if len(columns[name]) != tokens]
         kept = int(scores.counts.sum(dtype=np.int64))
+        if len(scores.hidden) % max(1, tokens):
+            uneven.append("hidden")
         if uneven or kept != len(scores.ids) or kept != len(scores.logprobs):
             raise CorruptArtifactError(
                 f"Row {row} has {tokens} positions, other columns of another length ({', '.join(uneven) or 'none'}), and promises "

@@ -1,6 +1,7 @@
-"""What the teacher thinks of each token: signals and a sparse distribution, computed chunk by chunk over the output head.
+"""What the teacher thinks of each token: signals and a distribution, computed chunk by chunk over the output head.
 
-Shapes as in `distft.objectives.loss`. The softmax, its entropy and its rank are over the head's token rows in float32.
+Shapes as in `distft.objectives.loss`, with V the head's rows that this rank holds: all, or a share of them (`VocabularyShare`). The
+softmax, its entropy and its rank are over the token rows of all ranks, in float32.
 """
 
 from __future__ import annotations
@@ -8,50 +9,22 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from distft.config.schema import Distribution, NoDistribution, Sample
+from distft.config.schema import Distribution, Hidden, NoDistribution, Sample
 from distft.engine.load import LanguageModel
 from distft.engine.pack import lay_out, pack
+from distft.engine.world import World
 from distft.objectives.loss import chunk_tokens
+from distft.teacher.scores import Scores
+from distft.teacher.vocabulary import WHOLE, VocabularyShare
 
 CACHED_BYTES = 1 << 23
 """Logits that a CPU looks at in one go: its caches then hold what the passes over them leave for each other."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
-    """The teacher's word on some tokens of one document. Entry i belongs to the token at `positions[i]`, given the tokens before
-    it (law 1). Kept entries are flat, `counts[i]` of them for token i, ids ascending; empty for a cache of signals alone."""
-
-    positions: npt.NDArray[np.uint32]
-    label_logprob: npt.NDArray[np.float32]
-    entropy: npt.NDArray[np.float32]
-    rank: npt.NDArray[np.uint32]
-    tail: npt.NDArray[np.float32]
-    counts: npt.NDArray[np.uint16]
-    ids: npt.NDArray[np.uint32]
-    logprobs: npt.NDArray[np.float16]
-
-    def select(self, chosen: npt.NDArray[np.bool_]) -> Scores:
-        """The scores of some of the tokens."""
-        if chosen.all():
-            return self
-        entries = np.repeat(chosen, self.counts)
-        return Scores(
-            positions=self.positions[chosen], label_logprob=self.label_logprob[chosen], entropy=self.entropy[chosen],
-            rank=self.rank[chosen], tail=self.tail[chosen], counts=self.counts[chosen],
-            ids=self.ids[entries], logprobs=self.logprobs[entries],
-        )  # fmt: skip
-
-    @property
-    def finite(self) -> bool:
-        return bool(np.isfinite(self.label_logprob).all() and np.isfinite(self.entropy).all())
 
 
 @torch.no_grad()
@@ -60,10 +33,14 @@ def score_documents(
     documents: Sequence[npt.NDArray[np.uint32]],
     positions: Sequence[npt.NDArray[np.uint32]],
     distribution: Distribution,
+    group: World | None = None,
 ) -> list[Scores]:
-    """One forward pass over some documents; each is read alone. `positions[i]` are the tokens of document i to score, none 0."""
+    """One forward pass over some documents; each is read alone. `positions[i]` are the tokens of document i to score, none 0.
+
+    `group` are the ranks that hold the model together, all of which call this with the same documents and get the same scores."""
+    share = WHOLE if group is None or group.size == 1 else VocabularyShare(first=model.first_id, group=group)
     layout = lay_out([len(document) for document in documents])
-    device = model.head.weight.device
+    device = model.device
     hidden_PD = model.hidden(pack(documents, layout).to(device))
     flat = [start + where.astype(np.int64) for start, where in zip(layout.starts, positions, strict=True)]
     predictor_N = torch.from_numpy(np.concatenate(flat) - 1).to(device)
@@ -73,54 +50,63 @@ def score_documents(
     size = chunk_tokens(model.shape.rows)
     block = max(8, CACHED_BYTES // (4 * model.shape.rows)) if device.type == "cpu" else size
     points_ND = torch.from_numpy(_points(documents, positions, distribution)).to(device) if _samples(distribution) else None
-    parts = []
+    parts, words = [], []
     for start in range(0, len(predictor_N), size):
         rows = slice(start, start + size)
         hidden_CD = hidden_PD.index_select(0, predictor_N[rows])
-        logits_CV = model.shape.logits(hidden_CD, model.head.weight, model.head.bias)
+        logits_CV = model.shape.logits(hidden_CD, model.weight, model.bias)
         labels_C, points_CD = labels_N[rows], None if points_ND is None else points_ND[rows]
         for first in range(0, len(logits_CV), block):
             some = slice(first, first + block)
-            parts.append(
-                score_logits(logits_CV[some], labels_C[some], distribution, None if points_CD is None else points_CD[some])
-            )
-    return _split([np.concatenate(column) for column in zip(*parts, strict=True)], positions)
+            points = None if points_CD is None else points_CD[some]
+            parts.append(score_logits(logits_CV[some], labels_C[some], distribution, points, share))
+        if isinstance(distribution, Hidden):
+            words.append(_words(hidden_CD))
+    return _split([np.concatenate(column) for column in zip(*parts, strict=True)], words, positions)
 
 
 def score_logits(
-    logits_CV: Tensor, labels_C: Tensor, distribution: Distribution, points_CD: Tensor | None = None
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    distribution: Distribution,
+    points_CD: Tensor | None = None,
+    share: VocabularyShare = WHOLE,
 ) -> tuple[np.ndarray, ...]:
-    """The columns of `Scores` but positions, for one chunk of float32 logits, which it consumes. `points_CD` are where a sampling
-    policy looks into the cumulative distribution, ascending.
+    """The columns of `Scores` from `label_logprob` to `logprobs`, for one chunk of float32 logits, which it consumes. `points_CD`
+    are where a sampling policy looks into the cumulative distribution, ascending.
 
     The tail is the sum of the probabilities that are left out, not 1 minus those kept: exact where the teacher is sure. Few passes
     over [C, V] are made, for they are what scoring costs beyond the model itself."""
-    label_logit_C1 = logits_CV.gather(1, labels_C[:, None])
-    rank_C = (logits_CV > label_logit_C1).sum(1)
-    peak_C1 = logits_CV.amax(1, keepdim=True)
+    label_logit_C1, peak_C1 = share.largest(share.label_logits(logits_CV, labels_C), logits_CV.amax(1, keepdim=True))
+    rank_C1 = (logits_CV > label_logit_C1).sum(1, keepdim=True)
     shifted_CV = logits_CV.sub_(peak_C1)
     exp_CV = shifted_CV.exp()
-    total_C1 = exp_CV.sum(1, keepdim=True)
+    own_total_C1 = exp_CV.sum(1, keepdim=True)
+    total_C1, dot_C1, rank_C1 = share.sums(own_total_C1, _dot(exp_CV, shifted_CV)[:, None], rank_C1)
     log_total_C1 = total_C1.log()
     label_logprob_C = (label_logit_C1 - peak_C1 - log_total_C1).squeeze(1)
-    entropy_C = log_total_C1.squeeze(1) - _dot(exp_CV, shifted_CV) / total_C1.squeeze(1)
-    if isinstance(distribution, NoDistribution):
-        counts_C, tail_C = torch.zeros_like(rank_C), torch.ones_like(label_logprob_C)
-        ids_M, kept_M = rank_C.new_zeros(0), label_logprob_C.new_zeros(0)
+    entropy_C = (log_total_C1 - dot_C1 / total_C1).squeeze(1)
+    if isinstance(distribution, NoDistribution | Hidden):
+        counts_C = torch.zeros_like(labels_C)
+        tail_C = torch.full_like(label_logprob_C, 0.0 if isinstance(distribution, Hidden) else 1.0)
+        ids_M, kept_M = labels_C.new_zeros(0), label_logprob_C.new_zeros(0)
     elif isinstance(distribution, Sample):
         assert points_CD is not None, "a sampling policy needs its points"
-        counts_C, ids_M, kept_M = _drawn(exp_CV, points_CD)
+        counts_C, ids_M, kept_M = _shares(share.find(exp_CV, points_CD))
         tail_C = torch.zeros_like(label_logprob_C)
     else:
         row_M, ids_M = _kept(shifted_CV, log_total_C1, distribution.k, distribution.min_prob)
-        kept_M = shifted_CV[row_M, ids_M] - log_total_C1[row_M, 0]
+        row_M, ids_M, shifted_M = share.best(row_M, ids_M, shifted_CV[row_M, ids_M], distribution.k)
+        kept_M = shifted_M - log_total_C1[row_M, 0]
         counts_C = torch.bincount(row_M, minlength=len(shifted_CV))
-        exp_CV[row_M, ids_M] = 0.0
-        tail_C = exp_CV.sum(1) / total_C1.squeeze(1)
+        own_row_M, own_ids_M = share.own(row_M, ids_M, shifted_CV.shape[1])
+        exp_CV[own_row_M, own_ids_M] = 0.0
+        [left_C1] = share.sums(exp_CV.sum(1, keepdim=True))
+        tail_C = (left_C1 / total_C1).squeeze(1)
     return (
         label_logprob_C.cpu().numpy(),
         entropy_C.cpu().numpy(),
-        rank_C.cpu().numpy().astype(np.uint32),
+        rank_C1.squeeze(1).cpu().numpy().astype(np.uint32),
         tail_C.cpu().numpy(),
         counts_C.cpu().numpy().astype(np.uint16),
         ids_M.cpu().numpy().astype(np.uint32),
@@ -135,6 +121,11 @@ def _dot(exp_CV: Tensor, shifted_CV: Tensor) -> Tensor:
     if not bool(sums_C.isfinite().all()):
         sums_C = (exp_CV * shifted_CV.clamp_min(-1e4)).sum(1)
     return sums_C
+
+
+def _words(hidden_CD: Tensor) -> npt.NDArray[np.uint16]:
+    """Hidden states bit for bit, as 16-bit words."""
+    return hidden_CD.contiguous().view(torch.int16).cpu().numpy().view(np.uint16)
 
 
 def _samples(distribution: Distribution) -> bool:
@@ -156,21 +147,18 @@ def _points(
     return np.concatenate(found)
 
 
-def _drawn(exp_CV: Tensor, points_CD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts per row, ids in row order and ascending, and the logarithm of each id's share of the draws."""
-    mass_CV = exp_CV.double().cumsum(1)
-    draws = points_CD.shape[1]
-    # The first place whose mass lies beyond the point: never a token of probability 0, nor one behind the last.
-    ids_CD = torch.searchsorted(mass_CV, points_CD * mass_CV[:, -1:], right=True).clamp_max(mass_CV.shape[1] - 1)
+def _shares(ids_CD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of draws, ascending in each row: the number of distinct ids per row, these in row order, and the logarithm of each one's share
+    of the draws."""
     fresh_CD = torch.ones_like(ids_CD, dtype=torch.bool)
-    fresh_CD[:, 1:] = ids_CD[:, 1:] != ids_CD[:, :-1]  # points ascend, and so do their ids
+    fresh_CD[:, 1:] = ids_CD[:, 1:] != ids_CD[:, :-1]
     starts_M = fresh_CD.flatten().nonzero().squeeze(1)
     ends_M = torch.cat([starts_M[1:], starts_M.new_tensor([ids_CD.numel()])])
-    return fresh_CD.sum(1), ids_CD[fresh_CD], ((ends_M - starts_M) / draws).log()
+    return fresh_CD.sum(1), ids_CD[fresh_CD], ((ends_M - starts_M) / ids_CD.shape[1]).log()
 
 
 def _kept(shifted_CV: Tensor, log_total_C1: Tensor, k: int, min_prob: float) -> tuple[Tensor, Tensor]:
-    """Rows and ids of the entries to keep, in row order with ids ascending.
+    """Rows and places of the entries to keep, in row order with places ascending.
 
     With a floor, one comparison finds them (there are at most 1/min_prob in a row), and only rows with more than k are sorted."""
     k = min(k, shifted_CV.shape[1])
@@ -191,9 +179,12 @@ def _kept(shifted_CV: Tensor, log_total_C1: Tensor, k: int, min_prob: float) -> 
     return row_M, ids_M
 
 
-def _split(columns: list[np.ndarray], positions: Sequence[npt.NDArray[np.uint32]]) -> list[Scores]:
+def _split(
+    columns: list[np.ndarray], words: list[npt.NDArray[np.uint16]], positions: Sequence[npt.NDArray[np.uint32]]
+) -> list[Scores]:
     """Columns over all tokens, cut into documents."""
     label_logprob, entropy, rank, tail, counts, ids, logprobs = columns
+    hidden_NW = np.concatenate(words) if words else np.zeros((len(counts), 0), np.uint16)
     ends = np.cumsum(counts, dtype=np.int64)
     scores, token, entry = [], 0, 0
     for where in positions:
@@ -202,6 +193,7 @@ def _split(columns: list[np.ndarray], positions: Sequence[npt.NDArray[np.uint32]
         scores.append(Scores(
             positions=where, label_logprob=label_logprob[token:stop], entropy=entropy[token:stop], rank=rank[token:stop],
             tail=tail[token:stop], counts=counts[token:stop], ids=ids[entry:last], logprobs=logprobs[entry:last],
+            hidden=hidden_NW[token:stop].reshape(-1),
         ))  # fmt: skip
         token, entry = stop, last
     return scores

@@ -19,7 +19,7 @@ from distft.store.location import Location
 from distft.store.manifest import Manifest, read_manifest
 from distft.store.model_folder import ModelFolder
 
-FORMAT = "distft-teacher-2"
+FORMAT = "distft-teacher-3"
 IDENTITY = "IDENTITY.json"
 
 
@@ -49,6 +49,24 @@ def scored_positions(document: Document, positions: str) -> npt.NDArray[np.uint3
     if positions == "all":
         return np.arange(1, len(document.tokens), dtype=np.uint32)
     return np.flatnonzero(document.supervised).astype(np.uint32)
+
+
+def held_documents(parts: Iterable[Manifest]) -> set[str]:
+    """The documents that some part has a row of."""
+    return {digest for part in parts for digest in part.facts["digests"]}
+
+
+def quarantined_documents(parts: Iterable[Manifest]) -> dict[str, str]:
+    """The documents that the teacher could not read, and why. One that another part has a row of is none of them."""
+    listed = list(parts)
+    held = held_documents(listed)
+    found = {digest: reason for part in listed for digest, reason in part.facts.get("quarantined", {}).items()}
+    return {digest: reason for digest, reason in found.items() if digest not in held}
+
+
+def is_whole(coverage: Manifest) -> bool:
+    """Whether a coverage speaks of a corpus without a quarantined document: one that can be trained on."""
+    return not coverage.facts.get("quarantined")
 
 
 def read_parts(folder: Location) -> list[Manifest]:

@@ -27,7 +27,8 @@ from distft.progress import track
 from distft.store.manifest import describe, differences
 from distft.store.model_folder import ModelFolder
 from distft.teacher.catalogue import FoundCache
-from distft.teacher.forward import Scores, score_documents
+from distft.teacher.forward import score_documents
+from distft.teacher.scores import Scores
 from distft.teacher.identity import read_parts, scored_positions
 from distft.teacher.rows import Documents, Row, rows
 

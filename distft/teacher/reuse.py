@@ -13,7 +13,7 @@ from distft.progress import say
 from distft.store.location import Location
 from distft.store.manifest import read_manifest
 from distft.store.nearest import nearest
-from distft.teacher.identity import IDENTITY, read_parts, teacher_folder
+from distft.teacher.identity import IDENTITY, held_documents, quarantined_documents, read_parts, teacher_folder
 
 
 def before_scoring(store: Location, identity: dict[str, Any], wanted: Collection[str], *, reuse_only: bool) -> None:
@@ -30,8 +30,9 @@ def before_scoring(store: Location, identity: dict[str, Any], wanted: Collection
             say(f"score: a new teacher cache begins, {folder.url}. {other}")
         return
     if reuse_only:
-        held = {digest for part in read_parts(folder) for digest in part.facts["digests"]}
-        missing = sum(digest not in held for digest in wanted)
+        parts = read_parts(folder)
+        tried = held_documents(parts) | quarantined_documents(parts).keys()
+        missing = sum(digest not in tried for digest in wanted)
         if missing:
             raise MissingArtifactError(
                 f"score.reuse_only is set, and {missing:,} of {len(wanted):,} documents are not in the cache.", where=folder.url,

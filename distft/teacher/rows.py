@@ -18,9 +18,9 @@ from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, fetch
 from distft.store.shards import read_batches
 from distft.teacher.encode import SCHEMA, PlainShard
-from distft.teacher.forward import Scores
-from distft.teacher.identity import read_parts
+from distft.teacher.identity import quarantined_documents, read_parts
 from distft.teacher.planes import from_planes
+from distft.teacher.scores import Scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +49,11 @@ def find_row(folder: Location, text: str, staging: Path) -> Row:
         for digest in part.facts["digests"]:
             if digest.startswith(text):
                 fitting.setdefault(digest, part)
+    if not fitting:
+        told = [(d, reason) for d, reason in quarantined_documents(read_parts(folder)).items() if d.startswith(text)]
+        if told:
+            raise MissingArtifactError(f"Document {told[0][0]} is quarantined: {told[0][1]}.", where=folder.url,
+                                       help="Leave it out by data.exclude, or set score.retry_quarantined=true.")  # fmt: skip
     if len(fitting) != 1:
         listed = f": {', '.join(sorted(fitting)[:5])}" if fitting else ""
         raise MissingArtifactError(

@@ -14,9 +14,9 @@ import numpy.typing as npt
 from distft.errors import MissingArtifactError
 from distft.progress import track
 from distft.store.location import Location
-from distft.teacher.forward import Scores
-from distft.teacher.identity import read_parts
+from distft.teacher.identity import quarantined_documents, read_parts
 from distft.teacher.rows import rows
+from distft.teacher.scores import Scores
 
 PERPLEXITY_EDGES = (1.0, 1.05, 1.25, 1.5, 2.0, 2.5, 4.0, 8.0, 16.0, 64.0, 256.0, 1024.0, math.inf)
 ENTROPY_EDGES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, math.inf)
@@ -83,7 +83,8 @@ class Statistics:
 
 
 def cache_statistics(folder: Location, staging: Path, *, tau: float) -> dict[str, Any]:
-    """Of every document of the committed parts, once. `bytes` are those of the files, also of rows that are there twice."""
+    """Of every document of the committed parts, once. `bytes` are those of the files, also of rows that are there twice;
+    `quarantined` are the documents that the teacher could not read, and why."""
     parts = read_parts(folder)
     entries = {entry.name: entry for part in parts for entry in part.files}
     size = sum(entry.size for entry in entries.values())
@@ -99,7 +100,10 @@ def cache_statistics(folder: Location, staging: Path, *, tau: float) -> dict[str
                     found.add(row.tokens, row.scores)
             meter.advance(entry.size)
     stored = sum(part.facts["scored_tokens"] for part in parts)
-    return {**found.facts(), "bytes": size, "bytes_per_token": size / max(1, stored), "document_ids": sorted(seen)[:100]}
+    return {
+        **found.facts(), "bytes": size, "bytes_per_token": size / max(1, stored), "document_ids": sorted(seen)[:100],
+        "quarantined": quarantined_documents(parts),
+    }  # fmt: skip
 
 
 def _histogram(values: npt.NDArray[np.float64], edges: tuple[float, ...]) -> npt.NDArray[np.int64]:

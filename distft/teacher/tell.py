@@ -8,6 +8,7 @@ from typing import Any
 BAR = 40
 LINES = 40
 """Tokens of one document that are shown to a person."""
+QUARANTINED = 10
 
 
 def list_text(result: dict[str, Any]) -> str:
@@ -27,6 +28,7 @@ def list_text(result: dict[str, Any]) -> str:
             first = next(iter(files.items()), ("no weights", ""))
             lines.append(f"  teacher  {first[0]} {first[1][:12]}{more}, {cache['teacher']['dtype']}")
             lines.append(f"  policy   {policy(cache['policy'])}")
+            lines += [f"  and {cache['quarantined']:,} documents that the teacher could not read"] if cache["quarantined"] else []
             lines.append(f"  used by  {', '.join(cache['runs']) or 'no run with a checkpoint in this store'}")
         else:
             lines.append(f"{cache['id']:<16} cannot be read")
@@ -49,6 +51,9 @@ def statistics_text(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     lines = [result["cache"], f"{policy(result['identity'])}, teacher in {result['identity']['dtype']}", ""]
     lines += [f"{one:<18}{value:>14}     {two:<31}{other:>12}" for one, value, two, other in pairs]
+    if result["quarantined"]:
+        lines += ["", f"{len(result['quarantined']):,} documents that the teacher could not read"]
+        lines += [f"  {digest}: {reason}" for digest, reason in list(result["quarantined"].items())[:QUARANTINED]]
     for name, title in (("perplexity", "perplexity of the label"), ("entropy", "entropy, nats")):
         lines += ["", f"{title:<18}{'tokens':>14}   share", *_histogram(result[name])]
     return "\n".join(lines)
@@ -96,6 +101,7 @@ def verify_text(result: dict[str, Any]) -> str:
         f"{result['files']:,} files, {size(result['bytes'])}: every byte is as its manifest says",
         f"{result['documents']:,} documents, {result['scored_tokens']:,} scored tokens: every row is well-formed; "
         f"{result['compared_with_corpus']:,} compared with a corpus of the store",
+        *([f"{result['quarantined']:,} documents that the teacher could not read"] if result["quarantined"] else []),
         f"{result['corpora_covered']:,} corpora covered whole"
         + ("" if result["corpora_covered"] else ": the cache is unfinished"),
     ]
@@ -121,6 +127,25 @@ def _figure(name: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.2%}" if "agreement" in name else f"{value:.2e}"
+
+
+def trial_text(result: dict[str, Any]) -> str:
+    """What a scoring with `score.limit` found out: what the rest would take."""
+    rest, pace = result["rest"], result["rest"]["tokens_per_second"]
+    if not rest["documents"]:
+        return "score: nothing is left to score; every document of the corpus is in the cache"
+    told = f"score: a trial. {rest['documents']:,} documents, {rest['tokens']:,} tokens, are left; they would take about"
+    told += f" {size(rest['bytes'])}, at {result['bytes_per_token']:.0f} bytes a scored token,"
+    return told + (
+        f" and {_hours(rest['hours'])}, at {pace:,.0f} tokens/s" if pace else " and a time that is not known: nothing was scored"
+    )
+
+
+def _hours(hours: float) -> str:
+    for unit, share in (("h", 1.0), ("min", 60.0)):
+        if hours * share >= 2:
+            return f"{hours * share:,.3g} {unit}"
+    return f"{hours * 3600:.2g} s"
 
 
 def prune_text(result: dict[str, Any]) -> str:

@@ -21,9 +21,9 @@ from distft.store.local import explained
 from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, read_manifest
 from distft.teacher.catalogue import FoundCache
-from distft.teacher.forward import Scores
-from distft.teacher.identity import documents_key, scored_positions
+from distft.teacher.identity import documents_key, held_documents, is_whole, quarantined_documents, scored_positions
 from distft.teacher.rows import Documents, Row, rows
+from distft.teacher.scores import Scores
 
 MASS_SLACK = 1e-2
 """By how much float16 log-probabilities and the tail may miss 1 together."""
@@ -64,8 +64,9 @@ def verify_cache(cache: FoundCache, documents: Documents, staging: Path) -> dict
         )  # fmt: skip
     return {
         "cache": cache.folder.url, "id": cache.id, "files": figures["files"], "bytes": figures["bytes"], "parts": len(parts),
-        "documents": len({digest for part in parts.values() for digest in part.facts["digests"]}),
-        "scored_tokens": figures["scored_tokens"], "compared_with_corpus": compared, "corpora_covered": len(coverage),
+        "documents": len(held_documents(parts.values())), "quarantined": len(quarantined_documents(parts.values())),
+        "scored_tokens": figures["scored_tokens"], "compared_with_corpus": compared,
+        "corpora_covered": sum(is_whole(one) for one in coverage.values()),
     }  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def _part_problems(part: Manifest, digests: list[str], counts: Counter[str]) -> 
         )
         told = [one[place] if place < len(one) else "nothing" for one in (digests, promised)]
         return [f"row {place} is of document {told[0]}, and the manifest lists {told[1]} there"]
-    if part.identity.get("documents") != documents_key(promised):
+    if part.identity.get("documents") != documents_key([*promised, *part.facts.get("quarantined", {})]):
         return ["its identity is not that of its documents"]
     return [
         f"{counts[fact]:,} {fact} in its files, and {part.facts[fact]:,} in its manifest"
@@ -206,9 +207,11 @@ def _verify_coverage(
             )
             continue
         held = {digest for entry in manifest.files for digest in holders[entry.name][1]}
-        absent = corpora.get(manifest.identity["documents"], set()) - held
-        if absent or len(held) < manifest.facts["documents"]:
-            lacking = len(absent) or manifest.facts["documents"] - len(held)
+        quarantined = manifest.facts.get("quarantined", {})
+        absent = corpora.get(manifest.identity["documents"], set()) - held - quarantined.keys()
+        promised = manifest.facts["documents"] - len(quarantined)
+        if absent or len(held) < promised:
+            lacking = len(absent) or promised - len(held)
             problems.append(f"{name}: {lacking} of its {manifest.facts['documents']} documents are in none of its files")
 
 

@@ -19,7 +19,9 @@ from distft.objectives.loss import TokenValues
 from distft.objectives.treatment import treatment
 from distft.progress import Meter
 from distft.teacher.cache import TeacherCache, sampling_excess
-from distft.train.batches import micro_batch, share
+from distft.teacher.scores import Scores
+from distft.train.batches import share
+from distft.train.targets import micro_batch, supervised
 
 Measure = Callable[[MicroBatch], TokenValues]
 
@@ -55,7 +57,7 @@ def measure_drift(
     for batch in share(batches_by_tokens([len(d.tokens) for d in held], tokens_per_batch), world):
         chosen = [held[i] for i in batch]
         scores = [cache.supervised(document) for document in chosen]
-        values = measure(micro_batch(chosen, [treatment(len(s.positions), ce=1.0, kl=1.0) for s in scores], scores))
+        values = measure(_asked(chosen, scores, cache))
         nll_N, teacher_nll_N = (
             values.ce_N.double().cpu().numpy(),
             -np.concatenate([s.label_logprob for s in scores] or [np.zeros(0)]),
@@ -84,3 +86,11 @@ def check_own_teacher(measure: Measure, corpus: Corpus, cache: TeacherCache, wor
             f"{limit:g} is rounding) and their losses of the label {drift.label_gap:.3g} (at most {10 * limit:g}).", where=where,
             help="Nothing was trained. The cache is damaged or was made by another version; score into a fresh store.",
         )  # fmt: skip
+
+
+def _asked(documents: list[Document], scores: list[Scores], cache: TeacherCache) -> MicroBatch:
+    """A batch that asks about every supervised token."""
+    treated = [
+        supervised(document, treatment(len(one), ce=1.0, kl=1.0), one) for document, one in zip(documents, scores, strict=True)
+    ]  # fmt: skip
+    return micro_batch(treated, cache.rows)[0]

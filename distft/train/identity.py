@@ -15,13 +15,15 @@ OPERATIONAL = {"micro_batch_tokens", "engine", "workers", "checkpoint", "gradien
 
 def run_identity(run: Run, model: ModelFolder, *, corpus: dict[str, Any], teacher: str | None) -> dict[str, Any]:
     """`corpus` is the corpus's identity, `teacher` the cache's id. What only measures (the held-out split, a cache that the
-    objective does not read) stays out."""
+    objective does not read) stays out. Documents that are left out count by as many digits as name one; there is no such field
+    where none are."""
     reads = run.objective.needs_signals or run.objective.needs_distribution
     return {
         "format": FORMAT,
         "weights": model.weights_identity(),
         "dtype": run.model.dtype,
         "corpus": {key: value for key, value in corpus.items() if key != "heldout"},
+        **({"exclude": sorted({digest[:12] for digest in run.data.exclude})} if run.data.exclude else {}),
         "teacher": teacher if reads else None,
         "objective": run.objective.model_dump(mode="json"),
         "train": run.train.model_dump(mode="json", exclude=OPERATIONAL),

@@ -49,7 +49,8 @@ def train(
             started, mine = time.monotonic(), coming.result()
             if step < plan.total_steps:
                 coming = reader.submit(feed.step, plan.documents(step + 1))  # reads while the model computes
-            normaliser, tokens, stop = world.total(mine.count, mine.tokens, stopping.requested())
+            *totals, tokens, stop = world.total(*mine.counts, mine.tokens, stopping.requested())
+            micro_batches, normaliser = mine.normalised(totals)
             if stop:
                 _keep_and_stop(
                     step - 1, engine, world, log, checkpoints, {"loss": loss, "drift": None, "total_steps": plan.total_steps}
@@ -62,7 +63,7 @@ def train(
             torch.manual_seed(_step_seed(config.seed, step, world.rank))
             lr = learning_rate(config, step, plan.total_steps)
             try:
-                values = engine.train_step(mine.micro_batches, normaliser=normaliser, lr=lr)
+                values = engine.train_step(micro_batches, normaliser=normaliser, lr=lr)
             except TrainingError as error:
                 raise TrainingError(
                     error.problem, where=f"step {step}, rows {sorted(plan.documents(step).tolist())[:8]} ... of the training split",

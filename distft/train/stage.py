@@ -74,7 +74,7 @@ def train_run(
 
     finished = train(
         run.train, engine=engine, plan=plan, world=world, checkpoints=checkpoints, first_step=done + 1,
-        feed=Feed(corpus, cache, run.objective, run.train, world),
+        feed=Feed(corpus, cache, run.objective, run.train, world, vocabulary=language_model.shape.rows),
         log=MetricsLog(folder, after_step=done) if world.leads else None,
         drift=heldout_drift if "heldout" in corpus.splits else None, label=f"train {run.name}",
     )  # fmt: skip

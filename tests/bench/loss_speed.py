@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distft.objectives.loss import LogitShape, SparseRows, Targets, token_loss
+from distft.objectives.distributions import LogitShape, SparseRows
+from distft.objectives.loss import Targets, token_loss
 from tests.bench.ratios import HEADER, compare
 
 VOCABULARY, WIDTH, TOKENS = 49_152, 576, 512

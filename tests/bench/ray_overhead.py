@@ -42,8 +42,8 @@ class Reads:
         scorer = self.plan()
 
         def work(unit: Unit) -> Generator[float, None, int]:
-            scores = yield from scorer._read([scorer.corpus.document(*place) for place in unit.places])
-            return sum(len(score.positions) for score in scores)
+            reading = yield from scorer.read([scorer.corpus.document(*place) for place in unit.places])
+            return sum(len(score.positions) for score in reading.scores)
 
         return work
 

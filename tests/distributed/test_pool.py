@@ -129,7 +129,7 @@ def test_a_person_is_told_what_is_awaited(cluster: Cluster, tmp_path: Path, monk
     until = time.monotonic() + 20
     while cluster.ray.available_resources().get("CPU") != 6 and time.monotonic() < until:
         time.sleep(0.1)
-    pool = Pool(cluster.ray, MakeToy(tmp_path), workers=1, gpus_per_worker=1)
+    pool = Pool(cluster.ray, MakeToy(tmp_path), workers=1, gpus_per_actor=1)
     with pytest.raises(KeyboardInterrupt):
         list(pool.map(tasks(1)))
     pool.close()

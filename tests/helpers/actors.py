@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,25 @@ def descendants(pid: int) -> set[int]:
         found |= below
         grown = bool(below)
     return found - {pid}
+
+
+def actors_of(pid: int) -> list[int]:
+    """The pool's actors below a driver, in the order in which they were started; Ray gives their processes this title."""
+    return [child for child in sorted(descendants(pid)) if title(child).startswith(b"ray::_Actor")]
+
+
+def title(pid: int) -> bytes:
+    """A process's command line; empty where there is none."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def shoot(pids: set[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def alive(pid: int) -> bool:

@@ -1,17 +1,22 @@
-"""An HTTP proxy between a test and its S3 server that makes one kind of trouble at a time."""
+"""An HTTP proxy between a test and its S3 server: one kind of trouble at a time, or all at random."""
 
 from __future__ import annotations
 
 import http.client
+import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["lose_reply", "drop_request", "truncate", "flip", "503", "403", "404", "409", "412", "507", "done_404"]
+Fault = Literal[
+    "lose_reply", "drop_request", "truncate", "flip", "flip_request", "500", "503", "done_500",
+    "403", "404", "409", "412", "507", "done_404",
+]  # fmt: skip
+"""`lose_reply` and `done_*`: the server did what was asked. `flip*`: a bit of the body is another, and nothing else tells of it."""
 
 
 @dataclass
@@ -25,8 +30,32 @@ class Trouble:
     seen: int = 0
 
 
+class Weather:
+    """Random trouble, the same for the same seed and order of requests: a twentieth of all requests gets a 5xx, half of them after the
+    server did what was asked; a fiftieth loses its connection, before or after; of GETs a fiftieth is cut in its body, and of PUTs a
+    fiftieth loses its reply."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.made: list[tuple[Fault, str]] = []
+        """What was done, and to which request."""
+
+    def __call__(self, method: str, path: str) -> Fault | None:
+        dice = self.random.random()
+        shares: list[tuple[float, Fault]] = [
+            (0.025, self.random.choice(("500", "503"))), (0.025, "done_500"), (0.01, "drop_request"), (0.01, "lose_reply"),
+            (0.02, "truncate" if method == "GET" else "lose_reply" if method == "PUT" else "drop_request"),
+        ]  # fmt: skip
+        for share, fault in shares:
+            dice -= share
+            if dice < 0:
+                self.made.append((fault, f"{method} {path}"))
+                return fault
+        return None
+
+
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on; `trouble` says which it spoils."""
+    """Passes requests on; `trouble` says which it spoils, or else `weather`."""
 
     daemon_threads = True
 
@@ -34,6 +63,11 @@ class Proxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream = urlsplit(upstream)
         self.trouble: Trouble | None = None
+        self.weather: Callable[[str, str], Fault | None] | None = None
+        self.bits = random.Random(0)
+        """Chooses the bit of a body that `flip` changes."""
+        self.hides_checksums = True
+        """Whether replies lose the server's own checksum, by which a client would notice other bytes."""
         self.strip: set[str] = set()
         """Request headers, in lower case, that are not passed on."""
         self.asked: list[str] = []
@@ -48,9 +82,21 @@ class Proxy(ThreadingHTTPServer):
             self.asked.append(f"{method} {path}")
             trouble = self.trouble
             if trouble is None or trouble.method != method or trouble.part not in path or trouble.seen >= trouble.times:
-                return None
+                return self.weather(method, path) if self.weather else None
             trouble.seen += 1
             return trouble.fault
+
+    def flipped(self, data: bytes) -> bytes:
+        with self._lock:
+            bit = self.bits.randrange(8 * len(data))
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        return bytes(changed)
+
+    def requests(self, method: str, part: str = "") -> list[str]:
+        """Paths of the requests so far."""
+        found = (asked.split(" ", 1) for asked in self.asked)
+        return [path for asked, path in found if asked == method and part in path]
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Broken connections are what this is for."""
@@ -68,6 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault is not None and fault.isdigit():
             self._answer(int(fault), {"Content-Type": "application/xml"}, b"<Error><Message>made up</Message></Error>", 0)
         else:
+            if fault == "flip_request" and body:
+                body = self.server.flipped(body)
             upstream = http.client.HTTPConnection(self.server.upstream.hostname or "", self.server.upstream.port)
             dropped = {"transfer-encoding", "content-length", *self.server.strip}
             headers = {key: value for key, value in self.headers.items() if key.lower() not in dropped}
@@ -77,6 +125,9 @@ class _Handler(BaseHTTPRequestHandler):
             if fault == "lose_reply":
                 self._hang_up()
                 return
+            if fault == "done_500":
+                self._answer(500, {"Content-Type": "application/xml"}, b"<Error><Code>InternalError</Code></Error>", 0)
+                return
             if fault == "done_404":
                 self._answer(404, {"Content-Type": "application/xml"}, b"<Error><Code>NoSuchUpload</Code></Error>", 0)
                 return
@@ -84,8 +135,10 @@ class _Handler(BaseHTTPRequestHandler):
             if fault == "truncate":
                 cut = max(1, len(data) // 2)
             if fault == "flip" and data:
-                data = bytes([data[0] ^ 1]) + data[1:]
-            dropped = {"transfer-encoding", "connection", "x-amz-checksum-crc32", "x-amz-checksum-crc64nvme"}
+                data = self.server.flipped(data)
+            dropped = {"transfer-encoding", "connection"}
+            if self.server.hides_checksums:
+                dropped |= {"x-amz-checksum-crc32", "x-amz-checksum-crc64nvme"}
             headers = {key: value for key, value in reply.getheaders() if key.lower() not in dropped}
             self._answer(reply.status, headers, data, cut)
             upstream.close()

@@ -1,4 +1,7 @@
-"""A real S3 server over HTTP for tests: moto's, one process per session, started on first use and ended by its own handle."""
+"""S3 servers over HTTP for tests, one of a kind per session, started on first use and ended by their own handles.
+
+Moto's for every day; Ceph's gateway, which is a real one, for the lane `-m s3real`: there each test that uses S3 runs against it.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import pytest
 
 from distft.store.location import Location, open_location
+from tests.helpers.rgw import missing_binaries, running_rgw
 
+SERVERS = ["moto", pytest.param("rgw", marks=pytest.mark.s3real)]
 BUCKET = "distft-tests"
 
 
@@ -42,9 +46,24 @@ def set_s3_environment(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) 
         monkeypatch.setenv(key, value)
 
 
-@pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture(scope="session", params=SERVERS)
+def s3_server(request: pytest.FixtureRequest) -> str:
     """The endpoint of a server that holds an empty bucket."""
+    return request.getfixturevalue(f"_{request.param}")
+
+
+@pytest.fixture(scope="session")
+def _rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    if missing := missing_binaries():
+        pytest.skip(f"Ceph's gateway is not installed ({', '.join(missing)}): README, `s3real`")
+    key = s3_environment("")
+    given = {"key": key["AWS_ACCESS_KEY_ID"], "secret": key["AWS_SECRET_ACCESS_KEY"], "bucket": BUCKET}
+    with running_rgw(tmp_path_factory.mktemp("rgw"), **given) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def _moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -79,12 +98,17 @@ def _await(server: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
 @pytest.fixture
 def s3_url(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """An empty prefix of its own, with the environment that reaches it."""
-    set_s3_environment(monkeypatch, s3_environment(s3_server))
+    return empty_prefix(s3_server, monkeypatch)
+
+
+@pytest.fixture(params=["local", *SERVERS])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
+    """An empty store, on the disk and on S3: what holds for one must hold for the other."""
+    if request.param == "local":
+        return open_location(str(tmp_path / "store"))
+    return open_location(empty_prefix(request.getfixturevalue(f"_{request.param}"), monkeypatch))
+
+
+def empty_prefix(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    set_s3_environment(monkeypatch, s3_environment(server))
     return f"s3://{BUCKET}/{uuid4().hex}"
-
-
-@pytest.fixture(params=["local", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
-    """An empty store, once on the disk and once on S3: what holds for one must hold for the other."""
-    text: Any = tmp_path / "store" if request.param == "local" else request.getfixturevalue("s3_url")
-    return open_location(str(text))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distft.corpus.render import token_rows
 from distft.engine.base import StepValues
 from distft.engine.world import World
 from distft.train.batches import Feed, Step
@@ -29,7 +30,8 @@ class Taken:
 
 def feed(lab: Lab, world: World | None = None) -> Feed:
     cache = lab.cache() if lab.run.needs_teacher else None
-    return Feed(lab.corpus, cache, lab.run.objective, lab.run.train, world or World())
+    rows = token_rows(lab.model)
+    return Feed(lab.corpus, cache, lab.run.objective, lab.run.train, world or World(), vocabulary=rows)
 
 
 def take_step(lab: Lab, rows: list[int], world: World | None = None) -> Taken:
@@ -47,8 +49,9 @@ def take(lab: Lab, mine: Step, world: World) -> Taken:
         gradients.update({name: master.grad.clone() for name, master in engine.masters.items() if master.grad is not None})
 
     engine.optimizer.step = see  # pyright: ignore[reportAttributeAccessIssue]
-    normaliser, tokens = world.total(mine.count, mine.tokens)
-    values = engine.train_step(mine.micro_batches, normaliser=normaliser, lr=1e-3)
+    *totals, tokens = world.total(*mine.counts, mine.tokens)
+    micro_batches, normaliser = mine.normalised(totals)
+    values = engine.train_step(micro_batches, normaliser=normaliser, lr=1e-3)
     line = step_line(1, values, normaliser=normaliser, tokens=int(tokens), lr=1e-3, seconds=1.0)
     weighted = sum(len(batch.predictor_N) for batch in mine.micro_batches)
     return Taken(gradients, values, line, len(mine.micro_batches), weighted)

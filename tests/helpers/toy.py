@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distft.engine.load import LanguageModel
-from distft.objectives.loss import LogitShape
+from distft.objectives.distributions import LogitShape
 from distft.store.model_folder import ModelFolder
 
 

@@ -70,8 +70,8 @@ def test_the_step_is_what_was_worked_out_by_hand(tmp_path: Path, monkeypatch: py
     made = by_hand(tmp_path, monkeypatch, kl=2.0)
     student = bigram(STUDENT)
     made = made.changed(train={"clip": None, "micro_batch_tokens": 64})
-    step = Feed(made.corpus, made.cache(), made.run.objective, made.run.train, World()).step(np.array([0, 1, 2]))
-    assert step.count == 4
+    step = Feed(made.corpus, made.cache(), made.run.objective, made.run.train, World(), vocabulary=5).step(np.array([0, 1, 2]))
+    assert step.counts[0] == 4
     (batch,) = step.micro_batches
     # The long document fills the first row of nine places; the other two share the second.
     assert batch.targets.labels_N.tolist() == [1, 0, 4, 3]
@@ -81,7 +81,7 @@ def test_the_step_is_what_was_worked_out_by_hand(tmp_path: Path, monkeypatch: py
     engine = LocalEngine(student, made.run.train, World())
     gradients = {}
     monkeypatch.setattr(engine.optimizer, "step", lambda: gradients.update(head=student.head.weight.grad))
-    values = engine.train_step(step.micro_batches, normaliser=step.count, lr=0.0)
+    values = engine.train_step(step.micro_batches, normaliser=step.counts[0], lr=0.0)
     ce, kl = 2 * math.log(4) + 2 * math.log(5), 2 * (KL_AFTER_3 + KL_AFTER_2)
     assert values.loss == pytest.approx((ce + 2 * kl) / 4, rel=1e-3)  # float16 log-probabilities
     assert values.sums["ce"] == pytest.approx(ce, rel=1e-6)
@@ -99,10 +99,10 @@ def test_the_step_is_what_was_worked_out_by_hand(tmp_path: Path, monkeypatch: py
 def test_stm_learns_the_one_token_that_the_teacher_finds_likely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the probabilities 1/2, 0.05, 1/4 and 0.1 only the first is at least 1/2.5; the student gives it 1/4."""
     made = by_hand(tmp_path, monkeypatch).changed(objective={"kind": "stm", "tau": 2.5})
-    step = Feed(made.corpus, made.cache(), made.run.objective, made.run.train, World()).step(np.array([0, 1, 2]))
-    assert step.count == 1
+    step = Feed(made.corpus, made.cache(), made.run.objective, made.run.train, World(), vocabulary=5).step(np.array([0, 1, 2]))
+    assert step.counts[0] == 1
     engine = LocalEngine(bigram(STUDENT), made.run.train, World())
-    values = engine.train_step(step.micro_batches, normaliser=step.count, lr=0.0)
+    values = engine.train_step(step.micro_batches, normaliser=step.counts[0], lr=0.0)
     assert values.loss == pytest.approx(math.log(4), rel=1e-6)
     assert [batch.targets.labels_N.tolist() for batch in step.micro_batches if len(batch.predictor_N)] == [[0]]
 

@@ -18,7 +18,7 @@ from hypothesis.errors import HypothesisException
 from distft.errors import DistftError
 from tests.helpers.mutants import Mutant
 from tests.parity import test_alignment, test_export, test_normaliser, test_own_teacher, test_packing, test_resume
-from tests.unit.objectives import test_catalog, test_loss
+from tests.unit.objectives import test_against_papers, test_catalog, test_loss
 from tests.unit.teacher import test_cache, test_encode, test_forward, test_planes
 from tests.unit.train import test_batches
 
@@ -52,7 +52,12 @@ STALE_WEIGHT = guard(test_cache.test_one_changed_weight_is_another_teacher)
 STALE_TOKENS = guard(test_cache.test_two_swapped_token_ids_are_another_teacher)
 STALE_POLICY = guard(test_cache.test_another_policy_or_precision_is_another_cache, other="k")
 
-LOSS, CHUNK = "distft.objectives.loss:", "distft.objectives.loss:_Chunk."
+HAND = test_catalog.test_each_rule_does_what_was_worked_out_by_hand
+PAPER = test_against_papers.test_loss_and_gradient_are_those_of_the_paper
+CONTROLS = guard(test_catalog.test_controls_mask_as_many_tokens_as_the_paper_does, how={"tau": 1.5})
+
+RULE = "distft.objectives.catalog."
+LOSS, CHUNK = "distft.objectives.loss:", "distft.objectives.chunk:Chunk."
 BATCHES, ENGINE = "distft.train.batches:", "distft.engine.local:LocalEngine."
 FORWARD = "distft.teacher.forward:"
 
@@ -105,6 +110,87 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant("distft.objectives.catalog.stm:Stm.treat", ", count=kept", ""),
         [guard(test_catalog.test_each_rule_does_what_was_worked_out_by_hand, name="stm"),
          guard(test_alignment.test_stm_learns_the_one_token_that_the_teacher_finds_likely)]),
+    "stm masks the lowest of a fraction": (
+        Mutant(f"{RULE}stm:Stm.kept", "highest(-signals", "highest(signals"), [
+            guard(PAPER, case="stm, a fraction"), guard(HAND, name="stm fraction")]),
+    "stm's control masks all below tau, as the paper's": (
+        Mutant(f"{RULE}stm:Stm.kept", "masked = len(kept) - int(kept.sum())", "masked = int(kept.sum())"),
+        [CONTROLS, guard(PAPER, case="stm, the lowest")]),
+    "stm's control draws with replacement": (
+        Mutant(f"{RULE}stm:Stm._drawn", ".permutation(len(signals))[:count]", ".integers(0, max(1, len(signals)), count)"),
+        [CONTROLS]),
+    "stm's control forgets the document": (
+        Mutant(f"{RULE}stm:Stm._drawn", "int(signals.document[:16], 16)", "0"),
+        [guard(test_catalog.test_random_masks_follow_from_seed_and_document_alone)]),
+    "among equals the later token is chosen": (
+        Mutant("distft.objectives.treatment:highest", "np.argsort(-values, kind=\"stable\")[:count]",
+               "np.argsort(values, kind=\"stable\")[::-1][:count]"),
+        [guard(test_catalog.test_among_equals_the_earlier_token_is_chosen)]),
+    "a share is rounded down in binary": (
+        Mutant("distft.objectives.treatment:share_of", " + 1e-9", ""),
+        [guard(test_catalog.test_a_share_is_meant_in_decimals)]),
+    "stm_kl holds what it learns": (
+        Mutant(f"{RULE}stm_kl:StmKl.treat", "(1 - kept)", "kept"),
+        [guard(PAPER, case="stm_kl"), guard(HAND, name="stm_kl"),
+         guard(test_catalog.test_stm_kl_learns_what_stm_learns_and_holds_the_rest)]),
+    "sft_kl goes the other way": (
+        Mutant(f"{RULE}sft_kl:SftKl.treat", 'self.direction == "', 'self.direction != "'),
+        [guard(PAPER, case="sft_kl"), guard(PAPER, case="sft_kl backwards"), guard(HAND, name="sft_kl")]),
+    "eksft punishes entropy": (
+        Mutant(f"{RULE}eksft:Eksft.treat", "entropy=self._bonus", "entropy=-self._bonus"),
+        [guard(PAPER, case="eksft"), guard(HAND, name="eksft")]),
+    "eksft's divergence goes the other way": (
+        Mutant(f"{RULE}eksft:Eksft.treat", "rkl=self", "kl=self"), [guard(PAPER, case="eksft"), guard(HAND, name="eksft")]),
+    "eksft chooses by the other divergence": (
+        Mutant(f"{RULE}eksft:Eksft.treat", "highest(live.rkl", "highest(live.kl"),
+        [guard(PAPER, case="eksft"), guard(test_catalog.test_a_rule_reads_what_it_declares_and_nothing_else, name="eksft")]),
+    "eksft gives its bonus to all that is masked": (
+        Mutant(f"{RULE}eksft:Eksft.treat", "_spread(n, unsure)", "_spread(n, masked)"), [guard(PAPER, case="eksft")]),
+    "eksft learns what it masks": (
+        Mutant(f"{RULE}eksft:Eksft.treat", "ce=_spread(n, ~masked)", "ce=_spread(n, masked)"),
+        [guard(PAPER, case="eksft"), guard(HAND, name="eksft")]),
+    "eksft is a mean of its sequences' means": (
+        Mutant(f"{RULE}eksft:_spread", "n / max", "1 / max"), [guard(PAPER, case="eksft")]),
+    "eksft is a mean over all tokens of the step": (
+        Mutant(f"{RULE}eksft:_spread", "n / max(1, int(chosen.sum()))", "1"), [guard(PAPER, case="eksft")]),
+    "eksft's entropy is in nats": (
+        Mutant(f"{RULE}eksft:Eksft._bonus", " / math.log(signals.vocabulary)", ""), [guard(PAPER, case="eksft")]),
+    "lwf learns what the teacher knows": (
+        Mutant(f"{RULE}lwf:Lwf.learned", "label_logprob < math.log", "label_logprob >= math.log"),
+        [guard(PAPER, case="lwf, floor"), guard(HAND, name="lwf"), guard(test_catalog.test_lwf_learns_what_stm_masks)]),
+    "lwf exchanges label and teacher in an anchor's target": (
+        Mutant(f"{RULE}lwf:Lwf.treat", "self.alpha * c, 0)", "self.alpha * (1 - c), 0)"),
+        [guard(PAPER, case="lwf, given"), guard(HAND, name="lwf given")]),
+    "lwf forgets the teacher's part of an anchor's target": (
+        Mutant(f"{RULE}lwf:Lwf.treat", "self.alpha * (1 - c), self.beta", "0, self.beta"),
+        [guard(PAPER, case="lwf, given"), guard(HAND, name="lwf")]),
+    "lwf's groups have one normaliser": (
+        Mutant(f"{RULE}lwf:Lwf.treat", '== "group_mean"', '== "none"'),
+        [guard(PAPER, case="lwf, given by group"), guard(PAPER, case="lwf, floor by group")]),
+    "lwf lifts every anchor all the way": (
+        Mutant(f"{RULE}lwf:Lwf.confidence", "(lacking / (lacking + 1 - self.p_star))", "(1 + 0 * lacking)"),
+        [guard(PAPER, case="lwf, floor's confidence"), guard(test_catalog.test_the_floors_confidence_gives_the_label_the_floor)]),
+    "eaft learns where the student is sure": (
+        Mutant(f"{RULE}eaft:Eaft.treat", "(unsure / HIGHEST)", "(1 - unsure / HIGHEST)"), [guard(PAPER, case="eaft")]),
+    "eaft reads the entropy of all": (
+        Mutant(f"{RULE}eaft:Eaft.treat", "student.top_entropy", "student.entropy"), [guard(PAPER, case="eaft")]),
+    "dft learns what the student finds unlikely": (
+        Mutant(f"{RULE}dft:Dft.treat", "np.exp(signals", "1 - np.exp(signals"), [guard(PAPER, case="dft")]),
+    "asft holds backwards": (
+        Mutant(f"{RULE}asft:Asft.treat", ", kl=", ", rkl="), [guard(PAPER, case="asft"), guard(HAND, name="asft")]),
+    "asft divides by its weights": (
+        Mutant(f"{RULE}asft:Asft.treat", ", kl=self.kl", ", kl=self.kl, count=np.exp(signals.student.label_logprob)"),
+        [guard(PAPER, case="asft"), guard(test_catalog.test_counts_and_groups_do_not_depend_on_the_student, name="asft")]),
+    "talr's temperature is of each token": (
+        Mutant(f"{RULE}talr:Talr.treat", "logprob / tau", "logprob"), [guard(PAPER, case="talr")]),
+    "talr cuts weights off above": (
+        Mutant(f"{RULE}talr:Talr.treat", "np.maximum(np.exp", "np.minimum(np.exp"), [guard(PAPER, case="talr")]),
+    "kd exchanges label and teacher": (
+        Mutant(f"{RULE}kd:Kd.treat", "ce=1 - self.lam, kl=self.lam", "ce=self.lam, kl=1 - self.lam"), [guard(PAPER, case="kd")]),
+    "a long prompt weighs more": (
+        Mutant("distft.objectives.treatment:ObjectiveRule.prompt_weight", "self.prompt_kl * supervised / prompt if",
+               "self.prompt_kl if"),
+        [guard(test_against_papers.test_a_prompt_weighs_its_multiple_of_the_answer_however_long_it_is, prompt=200)]),
     # --- one normaliser, one order
     "the mean of micro-batch means": (
         Mutant(f"{ENGINE}train_step", "(weighted_sum / normaliser).backward()",
@@ -166,7 +252,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
     "kept ids are in no order": (
         Mutant(f"{FORWARD}_kept", ".indices.sort(1).values", ".indices"), [LIVE]),
     "the tail is one minus the rest": (
-        Mutant(f"{FORWARD}score_logits", "tail_C = exp_CV.sum(1) / total_C1.squeeze(1)",
+        Mutant(f"{FORWARD}score_logits", "tail_C = (left_C1 / total_C1).squeeze(1)",
                "tail_C = 1 - torch.zeros(len(exp_CV)).index_add(0, row_M, kept_M.exp())"),
         [guard(test_forward.test_a_sure_teachers_tail_is_exact_where_one_minus_the_rest_is_zero)]),
     "a crowded row keeps everything": (

@@ -13,7 +13,7 @@ from distft.corpus.reader import Document
 from distft.engine.head import TrainedModel
 from distft.engine.world import World
 from distft.objectives.treatment import treatment
-from distft.train.batches import micro_batch
+from distft.train.targets import micro_batch, supervised
 from tests.helpers.steps import Taken, distance, feed, take, take_step
 from tests.helpers.stores import Lab, document, lab, loaded, random_documents, shared_model
 
@@ -101,7 +101,8 @@ def test_a_batch_without_a_weighted_token_runs_the_backbone_and_gives_zeros() ->
     model.whole.model.layers[-1].register_forward_hook(lambda *_: seen.append(1))
     documents = random_documents(3, seed=7)
     masked = [treatment(int(d.supervised.sum())) for d in documents]
-    for batch in (micro_batch(documents, masked, None), micro_batch([], [], None)):
+    treated = [supervised(d, one) for d, one in zip(documents, masked, strict=True)]
+    for batch, _ in (micro_batch([one.reached() for one in treated]), micro_batch([])):
         loss, values = trained(batch)
         loss.backward()
         assert float(loss.detach()) == 0.0

@@ -27,7 +27,8 @@ def rolled(scores: Scores, by: int) -> Scores:
     order = np.roll(np.arange(len(scores.positions)), by)
     ends = np.cumsum(scores.counts, dtype=np.int64)
     entries = np.concatenate([np.arange(ends[i] - int(scores.counts[i]), ends[i]) for i in order]).astype(np.int64)
-    columns = {f.name: getattr(scores, f.name)[order] for f in fields(Scores) if f.name not in ("positions", "ids", "logprobs")}
+    per_token = {f.name for f in fields(Scores)} - {"positions", "ids", "logprobs", "hidden"}
+    columns = {name: getattr(scores, name)[order] for name in per_token}
     return Scores(positions=scores.positions, ids=scores.ids[entries], logprobs=scores.logprobs[entries], **columns)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,88 @@ def test_the_estimate_grows_with_what_is_known(bench: Bench) -> None:
     after = bench.run("plan").json["estimate"]
     assert after["score_hours"] > 0
     assert after["train_hours"] > after["score_hours"]
+
+
+def test_measured_bytes_replace_the_estimate(bench: Bench) -> None:
+    """The cache's own, and for a new one those of another with the same policy."""
+    before = bench.run("plan").json["estimate"]
+    assert (before["basis"], before["teacher_bytes"]) == ("estimated", None)
+    bench.run("tokenize")
+    estimated = bench.run("plan").json["estimate"]
+    scored = bench.run("score").json
+    name = Path(scored["teacher"]).name
+    after = bench.run("plan").json["estimate"]
+    assert (after["basis"], after["teacher_bytes_per_token"]) == (f"cache {name}", scored["bytes_per_token"])
+    size = sum(path.stat().st_size for path in Path(scored["teacher"]).rglob("*.arrow"))
+    assert after["teacher_bytes"] == size
+    assert estimated["teacher_bytes"] == pytest.approx(estimated["teacher_bytes_per_token"] * scored["tokens_scored"], abs=1)
+    assert f"(from cache {name})" in distft("plan", str(bench.file)).err
+    assert bench.run("plan", "model.dtype=bfloat16").json["estimate"]["basis"] == f"cache {name}"
+    assert bench.run("plan", "score.positions=all").json["estimate"]["basis"] == "estimated"
+
+
+def test_a_calibration_measures_and_leaves_nothing(bench: Bench) -> None:
+    """Before there is a corpus on the first rows, afterwards on documents from all of it; the plan's estimate is what was measured."""
+    keys = {"documents", "tokens", "scored_tokens", "seconds", "tokens_per_second", "bytes_per_token", "teacher_bytes", "score_hours",
+            "device"}  # fmt: skip
+    first = bench.run("plan", "--calibrate")
+    found = first.json["calibration"]
+    assert keys <= found.keys()
+    distinct = len({json.dumps(row) for row in bench.rows()[:20]})
+    assert (found["documents"], found["whole_corpus"], found["device"]) == (distinct, False, "cpu")
+    assert "calibrate: model reads" in first.err
+    assert not bench.store.exists(), "a plan writes nothing"
+    bench.run("tokenize")
+    before = files(bench.folder)
+    result = bench.run("plan", "--calibrate").json
+    found, told = result["calibration"], result["estimate"]
+    assert files(bench.folder) == before
+    assert found["whole_corpus"]
+    assert told["basis"] == f"measured on {found['documents']} documents"
+    assert (told["teacher_bytes_per_token"], told["teacher_bytes"]) == (found["bytes_per_token"], found["teacher_bytes"])
+    assert result["artifacts"] == bench.run("plan").json["artifacts"]
+    scored = bench.run("score").json
+    assert found["teacher_bytes"] == pytest.approx(found["bytes_per_token"] * scored["tokens_scored"], abs=1)
+    assert bench.run("plan", "--calibrate").json["estimate"]["basis"] == told["basis"], "what was asked for now comes first"
+    person = distft("plan", str(bench.file), "--calibrate").err
+    assert all(part in person for part in ("# calibration: ", "are scored (", "tokens/s in", "the whole corpus", "with 1 scorer"))
+
+
+def test_there_must_be_something_to_calibrate(bench: Bench) -> None:
+    bench.refused("plan", "--calibrate", "objective.kind=sft", "data.heldout=null", "train.drift_every_steps=null", status=2,
+                  says="nothing to calibrate")  # fmt: skip
+
+
+def test_a_calibration_of_a_broken_teacher_says_so(bench: Bench) -> None:
+    path = bench.model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": -1.0}))
+    assert bench.run("plan").json["estimate"]["basis"] == "estimated", "without the flag no model is loaded"
+    assert "NaN" in (told := bench.run("plan", "--calibrate", status=2).json["error"]) or "finite" in told
+    assert not bench.store.exists()
+
+
+def test_another_vocabulary_is_told_id_by_id(bench: Bench) -> None:
+    """As many tokens, and two ids swapped: nothing but their meaning tells them apart."""
+    other = bench.folder / "other"
+    shutil.copytree(bench.model, other)
+    path = other / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, two = sorted(vocabulary, key=vocabulary.__getitem__)[-2:]
+    first, second = vocabulary[one], vocabulary[two]
+    vocabulary[one], vocabulary[two] = second, first
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": second + 5, "content": "<extra>"})
+    path.write_text(json.dumps(tokenizer))
+    bench.run("tokenize")
+    for verb in ("plan", "score"):
+        done = bench.refused(verb, f"teacher.path={other}", status=2, says="different vocabularies")
+        assert done.json["error"].splitlines()[1:] == [
+            f"2 of the {len(vocabulary)} ids that both have mean another token:",
+            "  id: teacher's token / model's token",
+            f"  {first}: {two!r} / {one!r}",
+            f"  {second}: {one!r} / {two!r}",
+            f"1 id is only in the teacher: {second + 5}",
+        ]
 
 
 def test_a_person_sees_every_default_and_what_to_do(bench: Bench) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import yaml
 
 from distft.cli import app
 from distft.config.load import validate
+from distft.objectives.catalog import Objective
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,7 +34,7 @@ def test_the_run_file_shown_is_valid() -> None:
 def test_the_table_of_verbs_is_the_command_lines() -> None:
     listed = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    kinds = {"sft", "sft_kl", "stm", "stm_kl"}
+    kinds = {rule.model_fields["kind"].annotation.__args__[0] for rule in get_args(Objective)}
     assert listed - kinds == verbs
 
 

@@ -9,6 +9,7 @@ import pytest
 from distft.config.check import check_run
 from distft.config.load import validate
 from distft.errors import ConfigError
+from distft.objectives import catalog
 
 
 def run(**changes: Any) -> dict[str, Any]:
@@ -34,6 +35,11 @@ TASK = {"kind": "generate", "name": "x", "path": "p"}
             run(objective={"kind": "sft_kl", "direction": "student_to_teacher"}, score=SAMPLE),
             "KL(p||q), which draws from the teacher",
         ),
+        (run(objective={"kind": "lwf"}, score=NONE), "objective.kind=lwf needs the teacher's distribution"),
+        (run(objective={"kind": "kd"}, score=NONE), "objective.kind=kd needs the teacher's distribution"),
+        (run(objective={"kind": "eksft"}, score=SAMPLE), "objective.kind=eksft asks for KL(p||q)"),
+        (run(objective={"kind": "sft", "prompt_kl": 0.5}, score=NONE), "objective.kind=sft needs the teacher's distribution"),
+        (run(objective={"kind": "sft", "prompt_kl": 0.5}), "leaves them out; set score.positions=all"),
         (run(data=data(path="h.jsonl"), score=NONE), "data.heldout is for measuring drift"),
         (run(teacher={"revision": "main"}), "teacher.revision is set without teacher.path"),
         (run(data=data(path="data/t.jsonl")), "data.heldout.path=data/t.jsonl is data.train.path"),
@@ -58,6 +64,10 @@ def test_a_pair_that_cannot_be(document: dict[str, Any], says: str) -> None:
     [
         run(),
         run(objective={"kind": "stm"}, score=NONE),
+        run(objective={"kind": "stm", "fraction": 0.2, "select": "lowest"}, score=NONE),
+        run(objective={"kind": "lwf"}, score=SAMPLE),
+        run(objective={"kind": "lwf", "c": 1.0, "beta": 0.0}, score=NONE),
+        run(objective={"kind": "kd"}, score=SAMPLE),
         run(objective={"kind": "sft_kl"}, score=SAMPLE, data=data(path="data/h.jsonl")),
         run(objective={"kind": "sft"}, score=NONE),
         run(data=data(path="data/t.jsonl", subset="b")),
@@ -69,6 +79,34 @@ def test_a_pair_that_cannot_be(document: dict[str, Any], says: str) -> None:
 )
 def test_a_pair_that_can(document: dict[str, Any]) -> None:
     check_run(validate(document, where=""), where="run.yaml")
+
+
+UNWIRED: dict[str, tuple[dict[str, Any], str]] = {
+    "live": ({"kind": "eaft"}, "objective.kind=eaft decides by the student of each step, which training cannot do yet"),
+    "groups": ({"kind": "lwf", "normalise": "group_mean"}, "set objective.normalise=token_mean"),
+    "prompt_kl": ({"kind": "sft_kl", "prompt_kl": 0.5}, "set objective.prompt_kl=0"),
+    "document": ({"kind": "stm", "select": "random"}, "set objective.select=highest or lowest"),
+    "anchors": ({"kind": "lwf", "anchors": "given"}, "documents cannot have any yet: set objective.anchors=floor"),
+}
+
+
+@pytest.mark.parametrize("part", sorted(catalog.NOT_WIRED))
+def test_what_training_cannot_do_yet_is_refused_with_a_way_out(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, says = UNWIRED[part]
+    wanted = validate(run(objective=objective, score={"positions": "all"}), where="")
+    with pytest.raises(ConfigError) as told:
+        check_run(wanted, where="run.yaml")
+    assert says in told.value.problem
+    assert len(told.value.problem.splitlines()) == 2
+    monkeypatch.setattr(catalog, "NOT_WIRED", catalog.NOT_WIRED - {part})
+    check_run(wanted, where="run.yaml")
+
+
+@pytest.mark.parametrize("kind", ["eksft", "eaft", "dft", "asft", "talr"])
+def test_objectives_that_need_the_live_student_are_known_and_refused(kind: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        check_run(validate(run(objective={"kind": kind}), where=""), where="run.yaml")
+    assert "sft, sft_kl, stm, stm_kl, lwf and kd run" in told.value.problem
 
 
 def test_all_pairs_come_together() -> None:

@@ -15,6 +15,7 @@ from distft.objectives.catalog import SftKl, StmKl
 
 BASE = "name: a\nmodel: {path: m}\ndata: {train: {path: t.jsonl}}\n"
 TASK = "{kind: generate, name: x, path: p}"
+OBJECTIVES = "sft, sft_kl, stm, stm_kl, lwf, kd, eksft, eaft, dft, asft, talr"
 
 
 def load(tmp_path: Path, text: str | bytes, *overrides: str) -> Run:
@@ -50,9 +51,10 @@ def refused(tmp_path: Path, text: str | bytes, *overrides: str) -> ConfigError:
         (BASE + "evaluate: {tasks: [{name: x}]}\n", "evaluate.tasks[0].kind: is missing; one of generate, nll"),
         (BASE + "evaluate: {tasks: {kind: nll}}\n", "evaluate.tasks: should be a list"),
         (BASE + "evaluate: {tasks: [{kind: nll, name: x}]}\n", "evaluate.tasks[0].source: is missing"),
-        (BASE + "objective: {kind: kd}\n", "objective.kind: 'kd' is none of sft, sft_kl, stm, stm_kl"),
-        (BASE + "objective: {kl: 3}\n", "objective.kind: is missing; one of sft, sft_kl, stm, stm_kl"),
-        (BASE + "objective: {kind: sft, kl: 3}\n", "objective.kl: no such key; known are kind"),
+        (BASE + "objective: {kind: grpo}\n", f"objective.kind: 'grpo' is none of {OBJECTIVES}"),
+        (BASE + "objective: {kl: 3}\n", f"objective.kind: is missing; one of {OBJECTIVES}"),
+        (BASE + "objective: {kind: sft, kl: 3}\n", "objective.kl: no such key; known are kind, prompt_kl"),
+        (BASE + "objective: {kind: stm, tau: 2.0, fraction: 0.2}\n", "objective: tau and fraction both say how much is masked"),
         (BASE + "evaluate:\n", "evaluate: is an empty section"),
         (BASE + "train: 3\n", "train: 3: input should be a valid dictionary"),
         (BASE + "train: {lr: '1e-3'}\n", "train.lr: '1e-3': input should be a valid number"),

@@ -28,6 +28,10 @@ def draws(**given: Any) -> dict[str, Any]:
     return {"kind": "sample", **given}
 
 
+def rule(kind: str, **given: Any) -> dict[str, Any]:
+    return {"kind": kind, **given}
+
+
 def number(tolerance: float) -> dict[str, Any]:
     return GENERATE | {"judge": {"kind": "number", "tolerance": tolerance}}
 
@@ -36,6 +40,7 @@ def number(tolerance: float) -> dict[str, Any]:
 BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
     ("name", ["", "-a", ".", "a/b", "a b", "../a", "a\n", "a" * 101, "é"], ["a", "0", "a" * 100, "A.b_c-9"]),
     ("data.max_tokens", [1, 0, -1], [2]),
+    ("data.exclude", [["abc"], ["0" * 11], ["0" * 33], ["ABCDEFABCDEF"], [123456789012]], [[], ["0" * 12], ["a" * 32]]),
     ("data.workers", [0, -1, "all"], [1, "auto"]),
     ("data.train.limit", [0, -1], [1, None]),
     ("data.heldout", [{"path": "h", "limit": 0}], [{"path": "h", "limit": 1}, None]),
@@ -43,6 +48,7 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
     ("score.distribution", [topk(min_prob=-1e-9), topk(min_prob=1.0)], [topk(min_prob=0), topk(min_prob=0.999)]),
     ("score.distribution", [draws(draws=0), draws(draws=4097)], [draws(draws=1), draws(draws=4096)]),
     ("score.distribution", [draws(seed=-1), draws(seed=2**32)], [draws(seed=0), draws(seed=2**32 - 1)]),
+    ("score.limit", [0, -1], [1, None]),
     ("score.tokens_per_batch", [0, -5], [1]),
     ("score.workers", [0, -1, "all"], [1, 2, "auto"]),
     ("score.tensor_parallel", [0, 2, "auto"], [1]),
@@ -50,6 +56,19 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
     ("objective", [{"kind": "sft_kl", "kl": 0}, {"kind": "sft_kl", "kl": -1}], [{"kind": "sft_kl", "kl": 1e-9}]),
     ("objective", [{"kind": "stm", "tau": 1}, {"kind": "stm", "tau": 0.5}], [{"kind": "stm", "tau": 1.001}]),
     ("objective", [{"kind": "stm_kl", "tau": 1}, {"kind": "stm_kl", "kl": 0}], [{"kind": "stm_kl", "tau": 1.5, "kl": 2}]),
+    ("objective", [rule("stm", fraction=0), rule("stm", fraction=1)], [rule("stm", fraction=1e-9), rule("stm", fraction=0.999)]),
+    ("objective", [rule("stm", seed=-1), rule("stm", seed=2**32)], [rule("stm", seed=0), rule("stm", seed=2**32 - 1)]),
+    ("objective", [rule("sft", prompt_kl=-1e-9)], [rule("sft", prompt_kl=0), rule("sft", prompt_kl=3)]),
+    ("objective", [rule("lwf", p_star=0), rule("lwf", p_star=1)], [rule("lwf", p_star=1e-9), rule("lwf", p_star=0.999)]),
+    ("objective", [rule("lwf", c=0), rule("lwf", c=1.001), rule("lwf", c="p")], [rule("lwf", c=1), rule("lwf", c="floor")]),
+    ("objective", [rule("lwf", alpha=0), rule("lwf", beta=-1e-9)], [rule("lwf", alpha=1e-9, beta=0)]),
+    ("objective", [rule("eaft", alpha=0)], [rule("eaft", alpha=1e-9)]),
+    ("objective", [rule("kd", lam=0), rule("kd", lam=1.001)], [rule("kd", lam=1e-9), rule("kd", lam=1)]),
+    ("objective", [rule("eksft", rho=0), rule("eksft", rho=1)], [rule("eksft", rho=1e-9), rule("eksft", rho=0.999)]),
+    ("objective", [rule("eksft", lambda_kl=-1e-9), rule("eksft", lambda_entropy=-1e-9)],
+     [rule("eksft", lambda_kl=0, lambda_entropy=0)]),
+    ("objective", [rule("asft", kl=0)], [rule("asft", kl=1e-9)]),
+    ("objective", [rule("talr", w_min=-1e-9), rule("talr", w_min=1.001)], [rule("talr", w_min=0), rule("talr", w_min=1)]),
     ("train.epochs", [0, -1, 1.5], [1]),
     ("train.max_steps", [0, -1], [1, None]),
     ("train.tokens_per_step", [1, 0], [2]),

@@ -8,7 +8,8 @@ import pytest
 
 from distft.config.load import validate
 from distft.config.schema import Run
-from distft.plan.estimate import HEAD_BUFFER_BYTES, estimate, memory_per_rank, teacher_bytes_per_token
+from distft.plan.estimate import HEAD_BUFFER_BYTES, Estimate, estimate, memory_per_rank, teacher_bytes_per_token
+from distft.plan.measured import TokenBytes
 from distft.plan.show import plan_text
 
 CONFIG = {"num_hidden_layers": 16, "hidden_size": 2048, "vocab_size": 128_256}
@@ -38,8 +39,17 @@ def test_what_saves_memory_saves_it_in_the_estimate() -> None:
     assert memory_per_rank(run(train={"micro_batch_tokens": 1024}), BILLION, CONFIG) < usual
 
 
-def policy(**settings: Any) -> float:
-    return teacher_bytes_per_token(run(score={"distribution": settings}))
+def guess(given: Run, tokens: int | None, **figures: Any) -> Estimate:
+    """An estimate of a model that is its own teacher, half of whose tokens are scored."""
+    usual = {
+        "parameters": BILLION, "teacher_parameters": BILLION, "config": CONFIG, "known": TokenBytes(amount=60.0, basis="estimated"),
+        "tokens": tokens, "scored_tokens": None if tokens is None else tokens // 2, "trained_tokens": tokens,
+    }  # fmt: skip
+    return estimate(given, **(usual | figures))
+
+
+def policy(width: int = 2048, **settings: Any) -> float:
+    return teacher_bytes_per_token(run(score={"distribution": settings}), width=width)
 
 
 def test_the_cache_grows_with_what_is_kept() -> None:
@@ -50,9 +60,41 @@ def test_the_cache_grows_with_what_is_kept() -> None:
     assert policy(kind="topk", min_prob=1e-6) == fixed, "never more than k"
 
 
+@pytest.mark.parametrize(
+    ("settings", "least", "most"),
+    [
+        ({"kind": "topk"}, 60, 89),
+        ({"kind": "topk", "k": 64, "min_prob": 0.0}, 174, 190),
+        ({"kind": "topk", "k": 16, "min_prob": 0.0}, 57, 63),
+        ({"kind": "sample"}, 30, 38),
+        ({"kind": "none"}, 14, 14),
+    ],
+)
+def test_the_constants_give_what_the_readme_measured(settings: dict[str, Any], least: float, most: float) -> None:
+    assert least <= policy(**settings) <= most
+
+
+def test_hidden_states_cost_the_teachers_width_in_its_dtype() -> None:
+    half = policy(kind="hidden")
+    assert half == pytest.approx(14 + 2 * 2048 * 0.85)
+    assert policy(kind="hidden", width=1024) < half
+    whole = run(score={"distribution": {"kind": "hidden"}}, teacher={"dtype": "float32"})
+    assert teacher_bytes_per_token(whole, width=2048) == pytest.approx(14 + 4 * 2048 * 0.85)
+
+
+def test_the_cache_and_its_pass_are_those_of_the_teacher() -> None:
+    known = TokenBytes(amount=73.5, basis="cache 0123")
+    found = guess(run(), 1_000, known=known, teacher_parameters=3 * BILLION)
+    assert (found.teacher_bytes_per_token, found.basis, found.teacher_bytes) == (73.5, "cache 0123", 36_750)
+    own, another = guess(run(), 1_000).score_hours, found.score_hours
+    assert own is not None
+    assert another == pytest.approx(3 * own)
+    assert guess(run(), None).teacher_bytes is None
+
+
 def test_hours_follow_tokens_epochs_and_parameters() -> None:
     def hours(parameters: int = BILLION, tokens: int = 10**9, **train: Any) -> float:
-        found = estimate(run(train=train), parameters=parameters, config=CONFIG, tokens=tokens, trained_tokens=tokens).train_hours
+        found = guess(run(train=train), tokens, parameters=parameters).train_hours
         assert found is not None
         return found
 
@@ -73,7 +115,7 @@ def test_hours_follow_tokens_epochs_and_parameters() -> None:
     ],
 )
 def test_hours_are_told_as_people_do(hours: float | None, said: str) -> None:
-    figures = estimate(run(), parameters=BILLION, config=CONFIG, tokens=None, trained_tokens=None).facts()
+    figures = guess(run(), None).facts()
     figures |= {"score_hours": hours, "train_hours": hours, "steps": None if hours is None else 1200}
     statuses = [
         {"artifact": "corpus", "state": "stale", "note": "a: 1 -> 2\nb: 3 -> 4", "verb": "tokenize"},
@@ -85,3 +127,50 @@ def test_hours_are_told_as_people_do(hours: float | None, said: str) -> None:
     assert lines[stale].split() == ["corpus", "STALE", "a:", "1", "->", "2", "(distft", "tokenize)"]
     assert lines[stale + 1].strip() == "b: 3 -> 4"
     assert lines[stale + 2].split() == ["teacher", "have"]
+
+
+TEACHER = {"artifact": "teacher", "state": "missing", "note": "", "verb": "score"}
+
+
+def told(**result: Any) -> str:
+    return plan_text({"config": run().model_dump(mode="json"), "artifacts": [TEACHER], **result})
+
+
+def test_a_run_that_reads_no_teacher_is_told_no_cost_of_one() -> None:
+    lines = told(artifacts=[], estimate={**guess(run(), 10**9).facts(), "steps": 1}).splitlines()
+    assert [line.split()[0] for line in lines if "none: neither" in line] == ["teacher", "scoring"]
+
+
+@pytest.mark.parametrize(
+    ("known", "tokens", "said"),
+    [
+        (TokenBytes(amount=73.2, basis="estimated"), None, "about 73 bytes a scored token (estimated)"),
+        (TokenBytes(amount=73.2, basis="cache 0123"), 40_000_000, "about 73 bytes a scored token, 1.46 GB in all (from cache 0123)"),
+        (TokenBytes(amount=60.0, basis="measured on 20 documents"), 100,
+         "about 60 bytes a scored token, 3 kB in all (measured on 20 documents)"),
+    ],
+)  # fmt: skip
+def test_how_the_bytes_are_known_is_said(known: TokenBytes, tokens: int | None, said: str) -> None:
+    figures = {**guess(run(), tokens, known=known).facts(), "steps": None}
+    assert f"teacher cache          {said}\n" in told(estimate=figures)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, ["4,000, of which 1,000 are scored (25 %)", "200 tokens/s in 20.0 s", "60.5 a scored token", "20 documents on cpu",
+              "the whole corpus       2 GB, 12.5 hours with 1 scorer"]),
+        ({"whole_corpus": False, "workers": 3, "score_hours": 0.5}, ["a million tokens       2 GB, 30 minutes with 3 scorers"]),
+        ({"score_hours": 0.001}, ["3.6 seconds"]),
+        ({"device": "NVIDIA H100"}, ["documents on NVIDIA H100", "do not fill a batch"]),
+    ],
+)  # fmt: skip
+def test_a_calibration_is_told(changed: dict[str, Any], said: list[str]) -> None:
+    found = {
+        "documents": 20, "tokens": 4000, "scored_tokens": 1000, "seconds": 20.0, "tokens_per_second": 200.0, "bytes_per_token": 60.5,
+        "device": "cpu", "workers": 1, "of_tokens": 9_000_000, "whole_corpus": True,
+        "teacher_bytes": 2_000_000_000, "score_hours": 12.5,
+    }  # fmt: skip
+    text = told(estimate={**guess(run(), None).facts(), "steps": None}, calibration=found | changed)
+    assert [part for part in said if part not in text] == []
+    assert ("do not fill" in text) == ("device" in changed), "a CPU's speed does not hang on full batches"

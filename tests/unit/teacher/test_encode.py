@@ -138,7 +138,7 @@ def test_offsets_that_point_outside_are_refused_before_they_are_used(tmp_path: P
 def test_batches_stay_below_the_offsets_reach(
     counts: list[list[int]], expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "ENTRIES_PER_BATCH", 10)
+    monkeypatch.setattr(encode, "VALUES_PER_BATCH", 10)
     monkeypatch.setattr(encode, "DOCUMENTS_PER_BATCH", 4)
     found = list(batches_by_entries([scores_of(one) for one in counts]))
     assert [part.stop - part.start for part in found] == expected

@@ -105,5 +105,5 @@ def test_other_columns_are_refused() -> None:
 
 def test_the_stored_form_is_plain_bytes() -> None:
     lists = [field for field in stored_schema(SCHEMA) if pa.types.is_list(field.type)]
-    assert len(lists) == 4 * 6 + 2 * 2  # six columns of four bytes, counts and log-probabilities of two
+    assert len(lists) == 4 * 6 + 2 * 3  # six columns of four bytes; counts, log-probabilities and hidden states of two
     assert all(field.type.value_type == pa.uint8() for field in lists)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from distft.config.schema import Train
 from distft.engine.world import World
 from distft.objectives.treatment import treatment
-from distft.teacher.forward import Scores
-from distft.train.batches import micro_batch, share
+from distft.teacher.scores import Scores
+from distft.train.batches import share
 from distft.train.order import StepPlan, cut_steps, epoch_order
+from distft.train.targets import micro_batch, supervised
 from tests.helpers.steps import feed
 from tests.helpers.stores import document, lab, random_documents
 
@@ -106,7 +107,7 @@ def test_any_number_of_ranks_consumes_the_same_tokens_per_step(tmp_path: Path, s
         ranks = [feed(made, World(rank=rank, size=size)).step(rows) for rank in range(size)]
         labels = sorted(int(t) for mine in ranks for batch in mine.micro_batches for t in batch.targets.labels_N)
         assert labels == expected
-        assert sum(mine.count for mine in ranks) == len(expected)
+        assert sum(mine.counts[0] for mine in ranks) == len(expected)
         assert sum(mine.tokens for mine in ranks) == sum(int(made.corpus.lengths("train")[row]) for row in rows)
         assert len({len(mine.micro_batches) for mine in ranks}) == 1
 
@@ -134,7 +135,8 @@ def test_tokens_without_a_weight_never_reach_the_head_and_their_distribution_is_
     kl = [np.array([0, 0, 3], np.float32), np.array([0, 0], np.float32)]
     treatments = [treatment(3, ce=ce[0], kl=kl[0]), treatment(2, ce=ce[1], kl=kl[1])]
     first = scores_of(3, [2, 1, 2])
-    batch = micro_batch([one, two], treatments, [first, scores_of(2, [2, 2])])
+    treated = [supervised(one, treatments[0], first), supervised(two, treatments[1], scores_of(2, [2, 2]))]
+    batch, _ = micro_batch([each.reached() for each in treated])
     assert batch.targets.labels_N.tolist() == [2, 5, 8]
     assert batch.predictor_N.tolist() == [0, 3, 5 + 1]
     assert batch.targets.ce_N.tolist() == [1, 0, 2]
@@ -148,7 +150,8 @@ def test_tokens_without_a_weight_never_reach_the_head_and_their_distribution_is_
 
 def test_without_any_divergence_no_distribution_is_built() -> None:
     one = document([1, 2, 3], [1, 2])
-    assert micro_batch([one], [treatment(2, ce=1.0)], [scores_of(2, [2, 2])]).targets.teacher is None
+    batch, _ = micro_batch([supervised(one, treatment(2, ce=1.0), scores_of(2, [2, 2])).reached()])
+    assert batch.targets.teacher is None
 
 
 def test_a_rule_that_reads_signals_it_did_not_ask_for_gets_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

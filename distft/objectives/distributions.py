@@ -1,0 +1,118 @@
+"""What a loss is told of a teacher, and what a model does between its head and its softmax.
+
+Shapes: N tokens, C of them in a chunk, V head rows, T the teacher's width, M kept teacher entries over all tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+LOWEST = -1e4
+"""Smallest log-probability that is compared: some models give tokens that they never say a logit of -inf."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitShape:
+    """What a model does to W h + b before the softmax, exactly as in its own forward pass."""
+
+    rows: int
+    """Head rows that stand for a token; padding rows beyond them never receive mass."""
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+        """Float32 logits [C, rows], in a fresh buffer. In a bfloat16 model the product is rounded to bfloat16, as the model's own
+        forward rounds it; all that follows is float32."""
+        logits_CV = (hidden_CD @ weight_VD[: self.rows].T).float()
+        if bias_V is not None:
+            logits_CV += bias_V[: self.rows].float()
+        if self.scale != 1.0:
+            logits_CV *= self.scale
+        if self.softcap is not None:
+            logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_CV
+
+    def back(self, grad_CV: Tensor, logits_CV: Tensor | None) -> Tensor:
+        """The gradient through `logits`, in place. `logits_CV` is needed for soft-capping alone."""
+        if self.softcap is not None:
+            assert logits_CV is not None, "soft-capping needs the logits again"
+            grad_CV *= 1 - (logits_CV / self.softcap).square()
+        if self.scale != 1.0:
+            grad_CV *= self.scale
+        return grad_CV
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseRows:
+    """A teacher's kept entries for N tokens, flat and in row order; ids are distinct within a row. A row with no entries and
+    `tail_N` 1 says nothing about p: its divergences are 0."""
+
+    ids_M: Tensor
+    logprobs_M: Tensor
+    counts_N: Tensor
+    tail_N: Tensor
+
+    def chunk(self, start: int, stop: int) -> SparseRows:
+        """Rows start to stop. Two syncs of the device a chunk."""
+        first = int(self.counts_N[:start].sum())
+        last = first + int(self.counts_N[start:stop].sum())
+        return SparseRows(
+            ids_M=self.ids_M[first:last], logprobs_M=self.logprobs_M[first:last],
+            counts_N=self.counts_N[start:stop], tail_N=self.tail_N[start:stop],
+        )  # fmt: skip
+
+    def select(self, row_K: Tensor, held_K: Tensor) -> SparseRows:
+        """The rows with these numbers, ascending; those that are not held say nothing."""
+        chosen_N = torch.zeros_like(self.counts_N, dtype=torch.bool)
+        chosen_N[row_K] = held_K
+        kept_M = chosen_N.repeat_interleave(self.counts_N, output_size=len(self.ids_M))
+        return SparseRows(
+            ids_M=self.ids_M[kept_M], logprobs_M=self.logprobs_M[kept_M], counts_N=self.counts_N[row_K] * held_K,
+            tail_N=torch.where(held_K, self.tail_N[row_K], 1.0),
+        )  # fmt: skip
+
+    def to(self, device: torch.device) -> SparseRows:
+        return SparseRows(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+class DenseHead:
+    """A teacher's output head, frozen."""
+
+    def __init__(self, weight_VT: Tensor, bias_V: Tensor | None, shape: LogitShape) -> None:
+        self.weight_VT, self.bias_V, self.shape = weight_VT, bias_V, shape
+        self._elsewhere: DenseHead | None = None
+
+    def to(self, device: torch.device) -> DenseHead:
+        """The head on a device, moved there once however often it is asked for."""
+        if self.weight_VT.device == device:
+            return self
+        if self._elsewhere is None or self._elsewhere.weight_VT.device != device:
+            bias_V = None if self.bias_V is None else self.bias_V.to(device)
+            self._elsewhere = DenseHead(self.weight_VT.to(device), bias_V, self.shape)
+        return self._elsewhere
+
+    def logprobs(self, hidden_CT: Tensor) -> Tensor:
+        """log q over the whole vocabulary, float32, in a fresh buffer; finite also where a model gives a token no chance."""
+        logits_CV = self.shape.logits(hidden_CT, self.weight_VT, self.bias_V)
+        return logits_CV.sub_(logits_CV.logsumexp(1, keepdim=True)).clamp_min_(LOWEST)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseRows:
+    """A teacher's hidden states for N tokens, from which its head makes the whole distribution again."""
+
+    hidden_NT: Tensor
+    head: DenseHead
+
+    def chunk(self, start: int, stop: int) -> DenseRows:
+        return DenseRows(hidden_NT=self.hidden_NT[start:stop], head=self.head)
+
+    def select(self, row_K: Tensor, held_K: Tensor) -> DenseRows:
+        """The rows with these numbers."""
+        return DenseRows(hidden_NT=self.hidden_NT[row_K], head=self.head)
+
+    def to(self, device: torch.device) -> DenseRows:
+        return DenseRows(hidden_NT=self.hidden_NT.to(device, non_blocking=True), head=self.head.to(device))

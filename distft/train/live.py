@@ -1,0 +1,105 @@
+"""Objectives that look at the student of the step itself: between the student's word on a micro-batch and the weights of its tokens.
+
+The rule is the same pure function of a document's signals as any other; here it gets the live ones, too. Prompt tokens that are held
+stand behind each document's answer and keep the weight that they came with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from distft.objectives.loss import Targets, TokenValues, Weights
+from distft.objectives.treatment import Floats, LiveField, ObjectiveRule, Signals, Treatment, live_signals
+from distft.train.targets import Treated
+
+PARTS = ("ce", "kl", "rkl", "entropy")
+
+
+@dataclass(frozen=True, slots=True)
+class LiveTreatment:
+    """The rule, and what it is told of the documents of a micro-batch."""
+
+    rule: ObjectiveRule
+    documents: Sequence[Signals]
+    fixed: Floats
+    """The weight on KL(q||p) of each token of the batch that is no answer's, and 0 for the others."""
+    answers: npt.NDArray[np.bool_]
+    """Which tokens of the batch are answers'."""
+    kl_factor: float = 1.0
+    """Multiplies all divergences."""
+
+    @classmethod
+    def of(cls, rule: ObjectiveRule, treated: Sequence[Treated]) -> LiveTreatment:
+        known = [one.signals for one in treated if one.signals is not None]
+        answers = [np.arange(len(one.places)) < len(signals) for one, signals in zip(treated, known, strict=True)]
+        fixed = [one.treatment.kl for one in treated]
+        return cls(rule, known, np.concatenate([np.zeros(0, np.float32), *fixed]), np.concatenate([np.zeros(0, np.bool_), *answers]))
+
+    @property
+    def fields(self) -> frozenset[LiveField]:
+        return self.rule.live_fields
+
+    def decide(self, rows: slice, seen: dict[LiveField, Tensor]) -> Weights:
+        """For rules of single tokens: any run of tokens, whatever documents they are of."""
+        answers = self.answers[rows]
+        before = int(self.answers[: rows.start].sum())
+        signals = _run(self.documents, before, before + int(answers.sum()))
+        device = next(iter(seen.values())).device
+        live = live_signals(len(signals), **{name: _floats(value)[answers] for name, value in seen.items()})
+        made = self.rule.treat(replace(signals, live=live))
+        return self._weights([made], answers, self.fixed[rows], device)
+
+    def settle(self, seen: TokenValues, targets: Targets) -> tuple[Targets, Tensor]:
+        """For rules of whole documents: all of the batch. See `distft.engine.base.Selection`."""
+        named = {name: _floats(_value(seen, name))[self.answers] for name in self.fields}
+        made, start = [], 0
+        for signals in self.documents:
+            stop = start + len(signals)
+            live = live_signals(len(signals), **{name: values[start:stop] for name, values in named.items()})
+            made.append(self.rule.treat(replace(signals, live=live)))
+            start = stop
+        weights = self._weights(made, self.answers, self.fixed, seen.ce_N.device)
+        held_N = (weights.kl_N != 0) | (weights.rkl_N != 0)
+        borne_N = (held_N | (weights.ce_N != 0) | (weights.entropy_N != 0)).nonzero().squeeze(1)
+        columns = {f"{name}_N": getattr(weights, f"{name}_N")[borne_N] for name in PARTS}
+        teacher = targets.teacher and targets.teacher.select(borne_N, held_N[borne_N])
+        return Targets(labels_N=targets.labels_N[borne_N], **columns, teacher=teacher), borne_N
+
+    def _weights(
+        self, made: Sequence[Treatment], answers: npt.NDArray[np.bool_], fixed: Floats, device: torch.device
+    ) -> Weights:  # fmt: skip
+        columns: dict[str, Tensor] = {}
+        for name in PARTS:
+            column = fixed.copy() if name == "kl" else np.zeros_like(fixed)
+            column[answers] = np.concatenate([np.zeros(0, np.float32), *(getattr(one, name) for one in made)])
+            if name in ("kl", "rkl"):
+                column *= np.float32(self.kl_factor)
+            columns[f"{name}_N"] = torch.from_numpy(column).to(device)
+        return Weights(**columns)
+
+
+def _run(documents: Sequence[Signals], start: int, stop: int) -> Signals:
+    """Consecutive tokens, whatever documents they are of."""
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(one, name) for one in documents])[start:stop]
+
+    vocabulary = documents[0].vocabulary if documents else 0
+    return Signals(label_logprob=column("label_logprob"), entropy=column("entropy"), rank=column("rank"), vocabulary=vocabulary)
+
+
+def _floats(value: Tensor) -> Floats:
+    return value.detach().float().cpu().numpy()
+
+
+def _value(seen: TokenValues, name: LiveField) -> Tensor:
+    if name == "label_logprob":
+        return -seen.ce_N
+    value = getattr(seen, f"{name}_N")
+    assert value is not None, "it was asked for"
+    return value

@@ -1,0 +1,106 @@
+"""Documents with treatments as one micro-batch: packed tokens, and for the tokens with a weight what they are trained towards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from distft.corpus.reader import Document
+from distft.engine.base import MicroBatch
+from distft.engine.pack import lay_out, pack
+from distft.objectives.distributions import DenseRows, SparseRows
+from distft.objectives.loss import Targets
+from distft.objectives.treatment import Mask, Signals, Treatment
+from distft.teacher.cache import sparse_rows
+from distft.teacher.scores import Scores
+
+if TYPE_CHECKING:
+    from distft.train.live import LiveTreatment
+
+
+@dataclass(frozen=True, slots=True)
+class Treated:
+    """A document and what is done with some of its tokens: entry i of treatment and scores is about the token at `places[i]`."""
+
+    document: Document
+    places: npt.NDArray[np.int64]
+    treatment: Treatment
+    scores: Scores | None = None
+    signals: Signals | None = None
+    """What is known of the first of these tokens, those of the answer."""
+
+    def reached(self) -> Treated:
+        """Those of the tokens that have a weight. Without one on a divergence a token's distribution is taken away, too."""
+        ce, kl, rkl, entropy = (getattr(self.treatment, name) for name in ("ce", "kl", "rkl", "entropy"))
+        held: Mask = (kl != 0) | (rkl != 0)
+        borne: Mask = held | (ce != 0) | (entropy != 0)
+        kept = Treatment(**{name: getattr(self.treatment, name)[borne] for name in self.treatment.__slots__})
+        scores = None if self.scores is None else _silence(self.scores.select(borne), held[borne])
+        return replace(self, places=self.places[borne], treatment=kept, scores=scores, signals=None)
+
+
+def supervised(document: Document, treatment: Treatment, scores: Scores | None = None) -> Treated:
+    """A document whose supervised tokens are treated."""
+    return Treated(document, np.flatnonzero(document.supervised), treatment, scores)
+
+
+def micro_batch(
+    treated: Sequence[Treated],
+    teacher_rows: Callable[[list[Scores]], SparseRows | DenseRows] = sparse_rows,
+    *,
+    live: LiveTreatment | None = None,
+) -> tuple[MicroBatch, npt.NDArray[np.uint8]]:
+    """Packs documents, and says which group each token is of. No documents give a batch that runs the backbone and trains nothing,
+    for a rank that has nothing to do. `teacher_rows` makes distributions of scores: `TeacherCache.rows`."""
+    documents = [one.document.tokens for one in treated] or [np.zeros(2, np.uint32)]
+    layout = lay_out([len(tokens) for tokens in documents])
+    none = np.zeros(0, np.int64)
+    predictor_N = np.concatenate([none, *(start + one.places - 1 for one, start in zip(treated, layout.starts, strict=False))])
+    labels_N = np.concatenate([none, *(one.document.tokens[one.places].astype(np.int64) for one in treated)])
+    columns = {
+        f"{name}_N": torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(getattr(one.treatment, name) for one in treated)]))
+        for name in ("ce", "kl", "rkl", "entropy")
+    }
+    held = live is not None or bool((columns["kl_N"] != 0).any() or (columns["rkl_N"] != 0).any())
+    scores = [one.scores for one in treated if one.scores is not None]
+    targets = Targets(
+        labels_N=torch.from_numpy(labels_N), **columns, teacher=teacher_rows(scores) if held and scores else None,
+        live=live if live is not None and live.rule.live == "token" else None,
+    )  # fmt: skip
+    batch = MicroBatch(
+        packed=pack(documents, layout), predictor_N=torch.from_numpy(predictor_N), targets=targets,
+        selection=live if live is not None and live.rule.live == "sequence" else None,
+    )  # fmt: skip
+    return batch, np.concatenate([np.zeros(0, np.uint8), *(one.treatment.group for one in treated)])
+
+
+def scaled(batch: MicroBatch, factor_N: npt.NDArray[np.float32], *, kl_factor: float) -> MicroBatch:
+    """The same batch with every token's weights multiplied, and its divergences by `kl_factor` as well."""
+    targets, factors = batch.targets, torch.from_numpy(factor_N)
+    live = batch.selection or targets.live
+    if live is not None:
+        assert bool((factors == 1).all()), "no live objective has groups"
+        changed = replace(live, kl_factor=live.kl_factor * kl_factor)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+        if batch.selection is not None:
+            return replace(batch, selection=changed)
+        return replace(batch, targets=replace(targets, live=changed))
+    return replace(batch, targets=replace(
+        targets, ce_N=targets.ce_N * factors, kl_N=targets.kl_N * factors * kl_factor, rkl_N=targets.rkl_N * factors * kl_factor,
+        entropy_N=targets.entropy_N * factors,
+    ))  # fmt: skip
+
+
+def _silence(scores: Scores, held: Mask) -> Scores:
+    """Takes the distribution away from tokens without a divergence: no entries and tail 1 make it zero at no cost."""
+    if held.all():
+        return scores
+    entries = np.repeat(held, scores.counts)
+    return replace(
+        scores, tail=np.where(held, scores.tail, np.float32(1)), counts=np.where(held, scores.counts, 0).astype(np.uint16),
+        ids=scores.ids[entries], logprobs=scores.logprobs[entries],
+    )  # fmt: skip
