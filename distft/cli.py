@@ -67,10 +67,14 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Let the teacher read 20 documents here, and measure.")] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option("--page", metavar="FILE.html", help="Show what is done with each token, in its text, as a page."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check everything and say what a run would do and cost; writes nothing."""
-    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.plan(calibrate=calibrate), show=_show_plan)
+    """Check everything and say what a run would do and cost; writes nothing to the store."""
+    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.plan(calibrate=calibrate, page=page), show=_show_plan)
 
 
 @app.command()

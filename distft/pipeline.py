@@ -17,7 +17,16 @@ from distft.config.schema import Run
 from distft.corpus.build import build_corpus, corpus_identity
 from distft.corpus.reader import Corpus
 from distft.corpus.sources import rows
-from distft.errors import ConfigError, DataError, MissingArtifactError, ModelError, StaleArtifactError, StoreError, UserInputError
+from distft.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    MissingArtifactError,
+    ModelError,
+    StaleArtifactError,
+    StoreError,
+    UserInputError,
+)
 from distft.progress import say
 from distft.store.digest import memo_path
 from distft.store.location import Location, open_location
@@ -27,6 +36,7 @@ from distft.store.nearest import nearest
 from distft.store.vocabulary import compare_vocabularies
 
 if TYPE_CHECKING:
+    from distft.plan.tokens import TokenPlan
     from distft.teacher.build import MapUnits
     from distft.teacher.calibrate import Calibration
 
@@ -112,8 +122,9 @@ class Pipeline:
             help="If the change is meant, run `distft tokenize` and `distft score` with this config; else undo it.",
         )  # fmt: skip
 
-    def plan(self, *, calibrate: bool = False) -> dict[str, Any]:
-        """What is there, and what a run would take; with `calibrate` the teacher reads a few documents here, and is measured."""
+    def plan(self, *, calibrate: bool = False, page: Path | None = None) -> dict[str, Any]:
+        """What is there, what a run would take, and, once the teacher has scored, what the objective will do with the tokens. With
+        `calibrate` the teacher reads a few documents here, and is measured; `page` is where tokens are to be seen in their text."""
         from distft.plan.artifacts import survey
         from distft.plan.estimate import estimate_run
         from distft.plan.measured import TokenBytes, bytes_in_store, reading
@@ -138,14 +149,53 @@ class Pipeline:
         if measured is not None:
             known = TokenBytes(amount=measured.bytes_per_token, basis=f"measured on {measured.documents} documents")
         estimate = estimate_run(self.run, self.model, teacher, reading=read, trained_tokens=trained, known=known)
-        result = {
+        tokens = self._tokens(corpus)
+        result: dict[str, Any] = {
             "artifacts": [status.facts() for status in statuses],
             "estimate": {**estimate.facts(), "steps": steps},
             "config": self.run.model_dump(mode="json"),
+            "tokens": tokens.facts() if tokens else None,
         }
+        if page is not None:
+            result["page"] = self._page(tokens, page)
         if measured is not None:
             result["calibration"] = measured.facts((read.tokens, read.scored_tokens) if read else None)
         return result
+
+    def _tokens(self, corpus: Corpus | None) -> TokenPlan | None:
+        """What the objective does with the training documents that the teacher has scored; None while there are none."""
+        if corpus is None or not (self.run.needs_teacher or self.store.child("teacher").folders()):
+            return None
+        from distft.objectives.treatment import Signals
+        from distft.plan.tokens import MOST_BYTES, MOST_DOCUMENTS, MOST_TOKENS, Seen, plan_tokens
+        from distft.teacher.glimpse import glimpse
+
+        try:
+            found = glimpse(
+                self.store.child("teacher", self.teacher_id), corpus, self.staging, positions=self.run.score.positions,
+                documents=MOST_DOCUMENTS, tokens=MOST_TOKENS, bytes=MOST_BYTES,
+            )  # fmt: skip
+        except ArtifactError as error:
+            say(f"plan: what the objective will do is left out: {error}")  # a plan says what it can; `train` refuses the damage
+            return None
+        seen = [
+            Seen(document=document, entries=scores.counts,
+                 signals=Signals(label_logprob=scores.label_logprob, entropy=scores.entropy, rank=scores.rank))
+            for document, scores in found.documents
+        ]  # fmt: skip
+        if not seen:
+            return None
+        return plan_tokens(self.run, seen, held=found.held, rows=found.rows, vocabulary=self.model.vocabulary_rows())
+
+    def _page(self, tokens: TokenPlan | None, page: Path) -> str:
+        from distft.plan.token_page import write_token_page
+
+        if tokens is None:
+            raise MissingArtifactError(
+                "There is no page to write: the teacher has scored no training document.", where="--page",
+                help="Run `distft tokenize` and `distft score` with this config; with score.limit=100 it is a trial.",
+            )  # fmt: skip
+        return write_token_page(self.run, tokens, self.model, page, store=self.store)
 
     def _calibrate(self, corpus: Corpus | None) -> Calibration:
         if not self.run.needs_teacher:
@@ -283,18 +333,20 @@ class Pipeline:
         from distft.engine.world import device_count
         from distft.teacher.build import in_process
 
-        address, workers = self.run.cluster.address, self.run.score.workers
+        address, workers, group = self.run.cluster.address, self.run.score.workers, self.run.score.tensor_parallel
         gpus = device_count()
         if address == "local":
-            workers = max(1, gpus) if workers == "auto" else workers
-            if gpus and workers > gpus:
-                raise ConfigError(f"score.workers={workers}, and this machine has {gpus} GPUs; each scorer needs its own.",
-                                  where="score.workers", help=f"Give {gpus} at most, or auto.")  # fmt: skip
-            if workers == 1:
+            workers = max(1, gpus // group) if workers == "auto" else workers
+            if gpus and workers * group > gpus:
+                raise ConfigError(
+                    f"score.workers={workers} with score.tensor_parallel={group} need {workers * group} GPUs, and this machine has "
+                    f"{gpus}.", where="score.workers", help=f"Lower one of them: together {gpus} GPUs at most.",
+                )  # fmt: skip
+            if workers == group == 1:
                 return in_process
         from distft.cluster.pool import map_units
 
-        return partial(map_units, address=address, workers=None if workers == "auto" else workers, gpus=gpus)
+        return partial(map_units, address=address, workers=None if workers == "auto" else workers, gpus=gpus, group=group)
 
     def _cache(self, corpus: Corpus) -> Any:
         from distft.teacher.cache import TeacherCache

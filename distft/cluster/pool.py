@@ -118,7 +118,7 @@ class Pool(Generic[Unit, Result]):
     ) -> None:
         self.ray, self.workers, self.gpus, self.group = ray, workers, gpus_per_actor, group
         # Restarts are ours to do: Ray's would not count them by unit.
-        self.remote = ray.remote(_Actor).options(num_cpus=1, num_gpus=gpus_per_actor, max_restarts=0, max_task_retries=0)
+        self.remote = ray.remote(num_cpus=1, num_gpus=gpus_per_actor, max_restarts=0, max_task_retries=0)(_Actor)
         self.make_worker = make_worker
         self.hands = [self._start() for _ in range(workers)]
         self.mourned: list[_Hand] = []

@@ -19,11 +19,8 @@ def check_run(run: Run, *, where: str) -> None:
                           help="Change one side of each, in the file or by overrides.")  # fmt: skip
 
 
+# One sentence for each part that `catalog.NOT_WIRED` names.
 _UNWIRED: dict[Wiring, str] = {
-    "live": "decides by the student of each step, which training cannot do yet: sft, sft_kl, stm, stm_kl, lwf and kd run",
-    "groups": "asks for a mean per group, which training cannot do yet: set objective.normalise=token_mean",
-    "prompt_kl": "holds the prompt, which training cannot do yet: set objective.prompt_kl=0",
-    "document": "draws tokens by document, which training cannot do yet: set objective.select=highest or lowest",
     "anchors": "wants annotated anchors, and documents cannot have any yet: set objective.anchors=floor",
 }
 

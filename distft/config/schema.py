@@ -131,8 +131,9 @@ class Score(Section):
     """A trial: score only the first so many training documents, and say what all would take. They are not scored again later."""
     retry_quarantined: bool = False
     """Read documents again that the teacher could not read before, as on a device with more memory."""
-    tensor_parallel: Literal[1] = 1
-    """A teacher must fit on one device so far."""
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """Over how many GPUs of one machine each scorer's teacher is spread, when it does not fit on one (or over how many processes,
+    without GPUs). Its attention heads are shared, so the number must divide theirs. Changes no score beyond rounding."""
 
 
 class Checkpoint(Section):

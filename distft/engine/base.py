@@ -55,12 +55,15 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepValues:
-    """What a step did, over all ranks and micro-batches. Sums are unweighted nats over the tokens that bear that weight."""
+    """What a step did, over all ranks and micro-batches. Of each part (ce, kl, rkl, entropy): `sums` are unweighted nats over the
+    tokens that bear that weight, `counts` are those tokens, and `masses` are what the part adds to the loss."""
 
     loss: float
     grad_norm: float
     sums: dict[str, float]
     counts: dict[str, float]
+    masses: dict[str, float]
+    """In nats, weighted and divided by the normaliser, an entropy's with its sign; they add up to the loss."""
 
 
 class Engine(Protocol):

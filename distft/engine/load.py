@@ -132,9 +132,7 @@ def take_apart(whole: Any, *, head_rows: int, where: str, rank: int = 0, size: i
     if not rows:
         raise ModelError(f"Rank {rank} of {size} would hold no token of a vocabulary of {head_rows}.", where=where,
                          help="Set score.tensor_parallel lower.")  # fmt: skip
-    model = LanguageModel(
-        whole=whole, head=head, shape=LogitShape(rows=rows, scale=scale, softcap=softcap), first_id=first
-    )
+    model = LanguageModel(whole=whole, head=head, shape=LogitShape(rows=rows, scale=scale, softcap=softcap), first_id=first)
     whole.eval()
     tokens = torch.arange(1, 9, device=head.weight.device)[None] % head_rows
     packed = PackedTokens(tokens_RL=tokens, positions_RL=torch.arange(tokens.shape[1], device=tokens.device)[None])

@@ -23,6 +23,7 @@ from distft.errors import TrainingError
 from distft.objectives.loss import TokenValues
 
 PARTS = ("ce", "kl", "rkl", "entropy")
+FIGURES = ("sums", "counts", "masses")
 
 
 class LocalEngine:
@@ -44,18 +45,18 @@ class LocalEngine:
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], *, normaliser: float, lr: float) -> StepValues:
-        loss, sums = 0.0, torch.zeros(2, len(PARTS), dtype=torch.float64)
+        loss, figures = 0.0, torch.zeros(len(FIGURES), len(PARTS), dtype=torch.float64)
         for batch in micro_batches:
             weighted_sum, values = self.trained(_to(batch, self.device))
             (weighted_sum / normaliser).backward()
             self._gather_gradients()
             loss += float(weighted_sum.detach().double()) / normaliser
-            sums += _sums(values)
+            figures += _figures(values)
         gradients = [m.grad for m in self.masters.values() if m.grad is not None]
         for gradient in gradients:
             self.world.sum_(gradient)
         [loss] = self.world.total(loss)
-        self.world.sum_(sums)
+        self.world.sum_(figures)
         grad_norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._drop_gradients()
@@ -68,10 +69,9 @@ class LocalEngine:
         self.optimizer.step()
         self._drop_gradients()
         self._spread_masters()
-        return StepValues(
-            loss=loss, grad_norm=grad_norm,
-            sums=dict(zip(PARTS, sums[0].tolist(), strict=True)), counts=dict(zip(PARTS, sums[1].tolist(), strict=True)),
-        )  # fmt: skip
+        figures[-1] /= normaliser
+        named = {name: dict(zip(PARTS, row, strict=True)) for name, row in zip(FIGURES, figures.tolist(), strict=True)}
+        return StepValues(loss=loss, grad_norm=grad_norm, **named)
 
     def measure(self, batch: MicroBatch) -> TokenValues:
         with self._evaluating():
@@ -132,17 +132,18 @@ class LocalEngine:
             parameter.grad = self.masters[name].grad = None
 
 
-def _sums(values: TokenValues) -> Tensor:
-    """[2, parts]: unweighted nats over the tokens that bear each weight, and how many they are."""
-    rows = torch.zeros(2, len(PARTS), dtype=torch.float64)
-    pairs = zip(PARTS, (values.ce_N, values.kl_N, values.rkl_N, values.entropy_N), strict=True)
-    for column, (part, value_N) in enumerate(pairs):
-        weight_N = getattr(values.weights, f"{part}_N")
+def _figures(values: TokenValues) -> Tensor:
+    """[figures, parts] of a micro-batch: see `StepValues`, where masses are divided."""
+    rows = torch.zeros(len(FIGURES), len(PARTS), dtype=torch.float64)
+    for column, part in enumerate(PARTS):
+        value_N = getattr(values, f"{part}_N")
         if value_N is None:
             continue
-        borne_N = (weight_N != 0).to(value_N.device)
-        rows[0, column] = (value_N.double() * borne_N).sum().cpu()
-        rows[1, column] = borne_N.sum().cpu()
+        value_N, weight_N = value_N.double(), getattr(values.weights, f"{part}_N").to(value_N.device)
+        borne_N, sign = weight_N != 0, -1.0 if part == "entropy" else 1.0
+        rows[:, column] = torch.stack(
+            [(value_N * borne_N).sum(), borne_N.sum().double(), sign * (value_N * weight_N).sum()]
+        ).cpu()
     return rows
 
 

@@ -159,7 +159,9 @@ def _likelihoods(run: Run, model: _Lazily, documents: list[Document], label: str
         for batch in batches_by_tokens([len(d.tokens) for d in documents], run.evaluate.tokens_per_batch):
             chosen = [documents[i] for i in batch]
             counts = [int(d.supervised.sum()) for d in chosen]
-            values = model.measure(micro_batch([supervised(d, treatment(n, ce=1.0)) for d, n in zip(chosen, counts, strict=True)])[0])
+            values = model.measure(
+                micro_batch([supervised(d, treatment(n, ce=1.0)) for d, n in zip(chosen, counts, strict=True)])[0]
+            )
             for i, nll_T in zip(batch, values.ce_N.double().split(counts), strict=True):
                 rows[i] = {"document": documents[i].digest, "nll": float(nll_T.sum()), "tokens": len(nll_T)}
             meter.advance(sum(len(d.tokens) for d in chosen))

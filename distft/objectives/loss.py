@@ -208,8 +208,6 @@ def _add_product(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
         total_VD += (grad_CV.T @ hidden_CD).float()
 
 
-
-
 def _blank(hidden_ND: Tensor) -> Weights:
     columns = {f.name: hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32) for f in fields(Weights)}
     return Weights(**columns)

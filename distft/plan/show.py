@@ -39,6 +39,10 @@ def plan_text(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     if "calibration" in result:
         lines += _calibration(result["calibration"], result["config"])
+    if result.get("tokens"):
+        lines += _tokens(result["tokens"])
+    if "page" in result:
+        lines += ["", f"page                   {result['page']}"]
     return "\n".join(lines)
 
 
@@ -87,3 +91,102 @@ def _hours(hours: float | None) -> str:
     if hours < 1 / 60:
         return "less than a minute (one H100 at 40 % of its bf16 peak)"
     return f"{hours:.2g} GPU-hours (one H100 at 40 % of its bf16 peak)"
+
+
+TREATMENT_WORDS = {
+    "learned": "learned", "both": "learned and held", "held": "held", "entropy": "entropy bonus alone", "masked": "masked",
+    "live": "decided live",
+}  # fmt: skip
+QUADRANT_WORDS = {
+    "sure_likely": "sure, likely", "sure_unlikely": "sure, unlikely", "unsure_likely": "unsure, likely",
+    "unsure_unlikely": "unsure, unlikely",
+}  # fmt: skip
+
+
+def _tokens(found: dict[str, Any]) -> list[str]:
+    """What the objective will do with the tokens, in which quadrants; the sweep of tau; and the other objectives, a line each."""
+    mine = found["objectives"][0]
+    level = "" if found["mean_ce"] is None else f", {found['mean_ce']:.3g} nats each"
+    lines = [
+        "", f"# what {mine['name']} will do with {found['supervised_tokens']:,} supervised tokens of {sample_text(found)}",
+        f"{'':<22} {'tokens':>9} {'CE':>9}   CE: -log q(y) of the teacher{level}{_begins(found)}",
+    ]  # fmt: skip
+    for key, words in TREATMENT_WORDS.items():
+        share = mine["treatments"][key]
+        if share["tokens"]:
+            lines.append(f"{words:<22} {percent(share['tokens']):>9} {percent(share['ce']):>9}")
+    lines += [f"{'note':<22} {note}" for note in mine["notes"]]
+    lines += _quadrants(found, mine)
+    lines += [
+        "", "# what stm would mask, by tau",
+        f"{'tau':<22} " + " ".join(f"{one['tau']:>9g}" for one in found["sweep"]),
+        f"{'tokens':<22} " + " ".join(f"{percent(one['tokens']):>9}" for one in found["sweep"]),
+        f"{'CE':<22} " + " ".join(f"{percent(one['ce']):>9}" for one in found["sweep"]),
+    ]  # fmt: skip
+    return lines + _catalog(found)
+
+
+def _begins(found: dict[str, Any]) -> str:
+    return ", where training starts" if found["student_is_teacher"] else "; the student's own is not known"
+
+
+def _quadrants(found: dict[str, Any], mine: dict[str, Any]) -> list[str]:
+    lines = [
+        "", f"# by the teacher's entropy (sure: at most the median, {found['entropy_threshold']:.3g} nats) and q(y) "
+        f"(likely: at least {found['probability_threshold']:g})",
+        f"{'':<22} {'tokens':>9} {'CE':>9}   {mine['kind']}",
+    ]  # fmt: skip
+    for key, words in QUADRANT_WORDS.items():
+        share, done = found["quadrants"][key], mine["quadrants"][key]
+        told = ", ".join(
+            f"{TREATMENT_WORDS[name]} {percent(part)}" for name, part in done["treatments"].items() if part > 0
+        )  # fmt: skip
+        weight = done["mean_ce_weight"]
+        told += "" if weight is None or mine["basis"] == "fixed" else f"; mean weight on CE {weight:.2g}"
+        lines.append(f"{words:<22} {percent(share['tokens']):>9} {percent(share['ce']):>9}   {told}")
+    return lines
+
+
+def _catalog(found: dict[str, Any]) -> list[str]:
+    """Every objective on the same tokens. The mean weight on cross-entropy tells apart those that learn every token, each a little."""
+    lines = [
+        "", "# every objective on these tokens: shares of tokens, and of CE",
+        f"{'':<22} {'learned':>14} {'both':>14} {'held':>14} {'masked':>14}   {'mean weight':>11} {'loss at step 0':>14}",
+    ]  # fmt: skip
+    for one in found["objectives"]:
+        shares = one["treatments"]
+        cells = [_pair(shares[key]) for key in ("learned", "both", "held")]
+        none = {unit: shares["masked"][unit] + shares["entropy"][unit] for unit in ("tokens", "ce")}
+        loss, weight = (f"{one[key]:.3g}" if one[key] is not None else "" for key in ("loss_at_step_0", "mean_ce_weight"))
+        told = "" if one["basis"] == "fixed" else "  at step 0" if one["basis"] == "step 0" else "  decided live"
+        name = one["name"] if len(one["name"]) <= 22 else f"{one['name'][:21]}…"
+        lines.append(
+            f"{name:<22} " + " ".join(f"{cell:>14}" for cell in [*cells, _pair(none)]) + f"   {weight:>11} {loss:>14}{told}"
+        )
+    lines += [f"{kind:<22} left out: {why}" for kind, why in found["left_out"].items()]
+    return lines
+
+
+def _pair(share: dict[str, float]) -> str:
+    return "-" if not share["tokens"] else f"{percent(share['tokens'])}, {percent(share['ce'])}"
+
+
+def sample_text(found: dict[str, Any]) -> str:
+    """Which documents were looked at."""
+    looked, held, rows = found["documents"], found["documents_held"], found["documents_in_corpus"]
+    if looked == rows:
+        return f"all {rows:,} training documents"
+    if looked == held:
+        return f"the {held:,} training documents that are scored, of {rows:,}"
+    scored = "" if held == rows else f", of which {held:,} are scored"
+    return f"{looked:,} training documents, evenly spread over {rows:,}{scored}"
+
+
+def percent(share: float) -> str:
+    """A share as a person reads it; what is not quite nothing or all does not look so."""
+    value = 100 * share
+    if 0 < value < 0.1:
+        return "<0.1 %"
+    if 99.9 < value < 100:
+        return ">99.9 %"
+    return f"{value:.0f} %" if value in (0, 100) else f"{value:.1f} %"

@@ -76,7 +76,7 @@ class S3Location(Location):
         head = self._head(name)
         if head is None:
             raise self._missing(name)
-        return _now(head) - head["LastModified"].timestamp()
+        return max(0.0, _now(head) - head["LastModified"].timestamp())  # the server tells its time to the second
 
     def read(self, name: str) -> bytes:
         return self._get(name)
@@ -200,7 +200,7 @@ class S3Location(Location):
         swept: list[str] = []
         for page in self._pages("list_multipart_uploads", ""):
             for upload in page.get("Uploads", ()):
-                if _now(page) - upload["Initiated"].timestamp() >= older_than_seconds:
+                if max(0.0, _now(page) - upload["Initiated"].timestamp()) >= older_than_seconds:
                     if not dry_run:
                         self._call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
                     swept.append(upload["Key"].removeprefix(self._below))

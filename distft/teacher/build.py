@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from distft.config.schema import Run
+from distft.config.schema import Hidden, Run
 from distft.corpus.reader import Corpus
 from distft.progress import say, track
 from distft.store.location import Location
@@ -36,6 +36,8 @@ from distft.teacher.scorer import Scorer, ScorerPlan, Unit, UnitScored
 
 PART_TOKENS = 1 << 20
 """The most tokens that an interruption can cost each scorer."""
+PART_BYTES = 1 << 30
+"""The most bytes of hidden states in a part, before compression."""
 PARTS_AT_LEAST = 16
 """A small corpus is cut finer, so that an interruption costs little of it, too."""
 
@@ -95,7 +97,7 @@ def build_teacher(run: Run, corpus: Corpus, model: ModelFolder, store: Location,
         held |= quarantined_documents(parts).keys()
     asked = wanted if run.score.limit is None else {d: wanted[d] for d in corpus.digests("train")[: run.score.limit]}
     missing = [digest for digest in asked if digest not in held]
-    units = _fresh(units_of(corpus, asked, set(missing)), parts)
+    units = _fresh(units_of(corpus, asked, set(missing), part_tokens(run, model)), parts)
     plan = ScorerPlan(run=run, model=model, folder=folder, corpus=corpus.folder, opened=corpus)
     results, pace = _score(plan, units, map_units) if units else ([], None)
     return Scored(
@@ -155,12 +157,22 @@ def _fresh(units: list[Unit], parts: list[Manifest]) -> list[Unit]:
     return [replace(unit, name=f"{unit.name}-{taken[unit.name] + 1}") if taken[unit.name] else unit for unit in units]
 
 
-def units_of(corpus: Corpus, wanted: dict[str, tuple[str, int]], missing: set[str]) -> list[Unit]:
+def part_tokens(run: Run, model: ModelFolder) -> int:
+    """The most tokens of a part: fewer where each takes kilobytes."""
+    if not isinstance(run.score.distribution, Hidden):
+        return PART_TOKENS
+    config = model.config.get("text_config") or model.config
+    return max(1, min(PART_TOKENS, PART_BYTES // (4 * int(config["hidden_size"]))))
+
+
+def units_of(
+    corpus: Corpus, wanted: dict[str, tuple[str, int]], missing: set[str], most: int = PART_TOKENS
+) -> list[Unit]:  # fmt: skip
     """What is missing, as units. They are cut out of the whole corpus, and those that are held already drop out: what an interrupted
     run has left over is then scored in the same company, and so to the same bits, as if nothing had happened."""
     lengths = {split: corpus.lengths(split) for split in corpus.splits}
     sizes = {digest: int(lengths[split][row]) for digest, (split, row) in wanted.items()}
-    parts = _cut(list(wanted), list(sizes.values()), max(1, min(PART_TOKENS, sum(sizes.values()) // PARTS_AT_LEAST)))
+    parts = _cut(list(wanted), list(sizes.values()), max(1, min(most, sum(sizes.values()) // PARTS_AT_LEAST)))
     open_parts = [[digest for digest in part if digest in missing] for part in parts]
     return [
         Unit(name=documents_key(part), places=tuple(wanted[digest] for digest in part), tokens=sum(sizes[d] for d in part))

@@ -88,7 +88,8 @@ class TeacherCache:
         return cls(folder, coverage, identity["positions"], kind == "sample", shards, places, head)
 
     def scores(self, document: Document) -> Scores:
-        """The teacher's word on one document, checked against the document itself: a row that is about other tokens is corrupt."""
+        """The teacher's word on one document, checked against the document itself: a row that is about other tokens is corrupt, and so
+        is one with a NaN or an infinity, which would come out as weights or masks before it came out as a loss."""
         number, row = self.places[document.digest]
         digest, tokens, scores = self.shards[number].read(row)
         expected = scored_positions(document, self.positions)
@@ -97,6 +98,14 @@ class TeacherCache:
                 f"The row of document {document.digest} is about {digest}, {tokens} tokens, {len(scores.positions)} positions; "
                 f"the document has {len(document.tokens)} tokens and {len(expected)} positions.", where=self.folder.url,
                 help="Run `distft score` into a fresh store.",
+            )  # fmt: skip
+        wrong = not_finite(scores, torch.float32 if self.head is None else self.head.weight_VT.dtype)
+        if wrong:
+            raise CorruptArtifactError(
+                f"What the teacher is said to think of document {digest} holds a NaN or an infinity: {', '.join(wrong)}.",
+                where=f"{document.file}:{document.row}, in {self.folder.url}",
+                help="Nothing was trained on it. Run `distft score` into a fresh store; if that comes out the same, leave the document "
+                f"out: add {digest[:12]} to data.exclude.",
             )  # fmt: skip
         return scores
 
@@ -108,6 +117,18 @@ class TeacherCache:
         """The same for its supervised tokens alone."""
         scores = self.scores(document)
         return scores.select(document.supervised[scores.positions.astype(np.int64)])
+
+
+def not_finite(scores: Scores, hidden: torch.dtype) -> list[str]:
+    """Columns that hold a NaN or an infinity, and so an exponent of ones alone: to look for that takes half of `isfinite`'s time, and
+    needs no bfloat16. `hidden` is what hidden states are."""
+    words, exponent = (np.uint32, 0x7F80_0000) if hidden == torch.float32 else (np.uint16, 0x7F80)
+    asked: list[tuple[str, Any, int]] = [
+        ("label_logprob", np.uint32, 0x7F80_0000), ("entropy", np.uint32, 0x7F80_0000), ("tail", np.uint32, 0x7F80_0000),
+        ("logprobs", np.uint16, 0x7C00), ("hidden", words, exponent),
+    ]  # fmt: skip
+    bits = {name: (getattr(scores, name).view(kind), kind(ones)) for name, kind, ones in asked}
+    return [name for name, (column, ones) in bits.items() if len(column) and (column & ones).max() == ones]
 
 
 def signals(scores: Scores) -> Signals:

@@ -7,7 +7,7 @@ The ids and log-probabilities of a document lie flat, `counts` of them per token
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,17 +49,26 @@ def to_batch(digests: Sequence[str], lengths: Sequence[int], scores: Sequence[Sc
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
-def batches_by_entries(scores: Sequence[Scores]) -> Iterator[slice]:
-    """Consecutive documents for one record batch: few enough to be read at once, and within Arrow's 32-bit offsets."""
-    start = values = 0
-    for index, score in enumerate(scores):
-        more = len(score.ids) + len(score.hidden)
-        if index > start and (index - start >= DOCUMENTS_PER_BATCH or values + more > VALUES_PER_BATCH):
-            yield slice(start, index)
-            start, values = index, 0
-        values += more
-    if scores:
-        yield slice(start, len(scores))
+class RecordBatches:
+    """Gathers consecutive documents into record batches: few enough to be read at once, and within Arrow's 32-bit offsets."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[Any, Scores]] = []
+        self._values = 0
+
+    def add(self, rows: Iterable[tuple[Any, Scores]]) -> Iterator[list[tuple[Any, Scores]]]:
+        """Takes documents and gives those batches that are full."""
+        for row in rows:
+            more = len(row[1].ids) + len(row[1].hidden)
+            if self._open and (len(self._open) >= DOCUMENTS_PER_BATCH or self._values + more > VALUES_PER_BATCH):
+                yield self.rest()
+            self._open.append(row)
+            self._values += more
+
+    def rest(self) -> list[tuple[Any, Scores]]:
+        """The batch that is open, which may have no documents; a new one begins."""
+        done, self._open, self._values = self._open, [], 0
+        return done
 
 
 class PlainShard:

@@ -21,7 +21,7 @@ from distft.engine.pack import lay_out, pack
 from distft.engine.world import World
 from distft.objectives.loss import chunk_tokens
 from distft.teacher.scores import Scores
-from distft.teacher.vocabulary import WHOLE, VocabularyShare
+from distft.teacher.vocabulary import WHOLE, Scratch, VocabularyShare
 
 CACHED_BYTES = 1 << 23
 """Logits that a CPU looks at in one go: its caches then hold what the passes over them leave for each other."""
@@ -50,6 +50,7 @@ def score_documents(
     size = chunk_tokens(model.shape.rows)
     block = max(8, CACHED_BYTES // (4 * model.shape.rows)) if device.type == "cpu" else size
     points_ND = torch.from_numpy(_points(documents, positions, distribution)).to(device) if _samples(distribution) else None
+    scratch = Scratch() if device.type == "cpu" else None
     parts, words = [], []
     for start in range(0, len(predictor_N), size):
         rows = slice(start, start + size)
@@ -59,7 +60,7 @@ def score_documents(
         for first in range(0, len(logits_CV), block):
             some = slice(first, first + block)
             points = None if points_CD is None else points_CD[some]
-            parts.append(score_logits(logits_CV[some], labels_C[some], distribution, points, share))
+            parts.append(score_logits(logits_CV[some], labels_C[some], distribution, points, share, scratch))
         if isinstance(distribution, Hidden):
             words.append(_words(hidden_CD))
     return _split([np.concatenate(column) for column in zip(*parts, strict=True)], words, positions)
@@ -71,6 +72,7 @@ def score_logits(
     distribution: Distribution,
     points_CD: Tensor | None = None,
     share: VocabularyShare = WHOLE,
+    scratch: Scratch | None = None,
 ) -> tuple[np.ndarray, ...]:
     """The columns of `Scores` from `label_logprob` to `logprobs`, for one chunk of float32 logits, which it consumes. `points_CD`
     are where a sampling policy looks into the cumulative distribution, ascending.
@@ -80,7 +82,7 @@ def score_logits(
     label_logit_C1, peak_C1 = share.largest(share.label_logits(logits_CV, labels_C), logits_CV.amax(1, keepdim=True))
     rank_C1 = (logits_CV > label_logit_C1).sum(1, keepdim=True)
     shifted_CV = logits_CV.sub_(peak_C1)
-    exp_CV = shifted_CV.exp()
+    exp_CV = torch.exp(shifted_CV, out=scratch.like(shifted_CV) if scratch else None)
     own_total_C1 = exp_CV.sum(1, keepdim=True)
     total_C1, dot_C1, rank_C1 = share.sums(own_total_C1, _dot(exp_CV, shifted_CV)[:, None], rank_C1)
     log_total_C1 = total_C1.log()
@@ -92,7 +94,7 @@ def score_logits(
         ids_M, kept_M = labels_C.new_zeros(0), label_logprob_C.new_zeros(0)
     elif isinstance(distribution, Sample):
         assert points_CD is not None, "a sampling policy needs its points"
-        counts_C, ids_M, kept_M = _shares(share.find(exp_CV, points_CD))
+        counts_C, ids_M, kept_M = _shares(share.find(exp_CV, points_CD, scratch))
         tail_C = torch.zeros_like(label_logprob_C)
     else:
         row_M, ids_M = _kept(shifted_CV, log_total_C1, distribution.k, distribution.min_prob)

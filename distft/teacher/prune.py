@@ -63,6 +63,8 @@ def _named(folder: Location) -> set[str]:
             manifest = read_manifest(folder, name)
         except CorruptArtifactError as error:
             raise CorruptArtifactError(f"Nothing was removed: {error.problem}", where=error.where, help=error.help) from error
-        if manifest is not None:
-            found |= {entry.name for entry in manifest.files}
+        if manifest is None:  # no part of distft removes manifests: a listing with another's bytes would cost data
+            raise CorruptArtifactError(f"Nothing was removed: {name} was listed and is not there.", where=folder.url,
+                                       help="Run it again.")  # fmt: skip
+        found |= {entry.name for entry in manifest.files}
     return found

@@ -35,12 +35,11 @@ Read = Callable[[list[Document]], list[Scores]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What became of some documents: each has scores, or a reason why it has none."""
+    """What became of some documents: each was read, or has a reason why it could not be."""
 
-    documents: list[Document]
-    """Those that were read, in the order in which they were given."""
-    scores: list[Scores]
-    """Of `documents`, one by one."""
+    documents: int
+    """Those that were read."""
+    scored_tokens: int
     quarantined: dict[str, str]
     """Reasons by digest."""
     crowded: int
@@ -48,34 +47,45 @@ class Reading:
 
 
 def read_apart(
-    documents: list[Document], read: Read, *, tokens_per_batch: int, room: int | None
+    documents: list[Document],
+    read: Read,
+    keep: Callable[[list[tuple[Document, Scores]]], None],
+    *,
+    tokens_per_batch: int,
+    room: int | None,
 ) -> Generator[float, None, Reading]:
     """Reads documents in batches of like lengths, which follow from the documents alone: so do the scores, to the bit, where memory
-    suffices. `room` is what `positions_limit` found. Yields tokens as they are read."""
-    found: dict[int, Scores | str] = {}
-    crowded = 0
+    suffices, and the order in which `keep` gets them. `room` is what `positions_limit` found. Yields tokens as they are read."""
+    quarantined: dict[str, str] = {}
+    documents_read = scored_tokens = crowded = 0
+
+    def sort_out(chosen: list[Document], told: list[Scores | str]) -> None:
+        nonlocal documents_read, scored_tokens
+        rows = [(document, one) for document, one in zip(chosen, told, strict=True) if not isinstance(one, str)]
+        keep(rows)
+        documents_read += len(rows)
+        scored_tokens += sum(len(scores) for _, scores in rows)
+        quarantined.update(
+            {document.digest: one for document, one in zip(chosen, told, strict=True) if isinstance(one, str)}
+        )  # fmt: skip
+
     fitting = [i for i, document in enumerate(documents) if room is None or len(document) <= room]
     for i in set(range(len(documents))) - set(fitting):
-        found[i] = f"it has {len(documents[i]):,} tokens, and the teacher has positions for {room:,}"
+        reason = f"it has {len(documents[i]):,} tokens, and the teacher has positions for {room:,}"
+        sort_out([documents[i]], [reason])
         yield len(documents[i])
     for batch in batches_by_tokens([len(documents[i]) for i in fitting], tokens_per_batch):
-        chosen = [fitting[place] for place in batch]
-        told = attempt(read, [documents[i] for i in chosen])
+        chosen = [documents[fitting[place]] for place in batch]
+        told = attempt(read, chosen)
         if len(chosen) == 1 or not any(isinstance(one, str) for one in told):
-            found.update(zip(chosen, told, strict=True))
-            yield sum(len(documents[i]) for i in chosen)
+            sort_out(chosen, told)
+            yield sum(len(document) for document in chosen)
             continue
         crowded += isinstance(told[0], str) and told[0] != NOT_FINITE
-        for i in chosen:
-            [found[i]] = attempt(read, [documents[i]])
-            yield len(documents[i])
-    pairs = [(document, found[i]) for i, document in enumerate(documents)]
-    return Reading(
-        documents=[document for document, one in pairs if not isinstance(one, str)],
-        scores=[one for _, one in pairs if not isinstance(one, str)],
-        quarantined={document.digest: one for document, one in pairs if isinstance(one, str)},
-        crowded=crowded,
-    )
+        for document in chosen:
+            sort_out([document], attempt(read, [document]))
+            yield len(document)
+    return Reading(documents=documents_read, scored_tokens=scored_tokens, quarantined=quarantined, crowded=crowded)
 
 
 def attempt(read: Read, documents: list[Document]) -> list[Scores | str]:

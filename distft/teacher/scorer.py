@@ -6,29 +6,29 @@ or loses the race for it, and the cache is the same. Documents that the teacher 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from distft.config.schema import Run
+from distft.config.schema import Hidden, Run
 from distft.corpus.reader import Corpus, Document
 from distft.corpus.render import token_rows
-from distft.engine.load import LanguageModel, load_model
+from distft.engine.load import load_model
 from distft.engine.memory import enough_memory
-from distft.engine.world import this_device
+from distft.engine.world import World, join_group, this_device
 from distft.errors import CorruptArtifactError, DistftError, StaleArtifactError
 from distft.store.digest import memo_path
 from distft.store.location import Location
-from distft.store.manifest import FileEntry, Manifest, commit
+from distft.store.manifest import Manifest
 from distft.store.model_folder import ModelFolder, resolve_model
-from distft.store.shards import ShardWriter
-from distft.teacher.encode import SCHEMA, batches_by_entries, to_batch
 from distft.teacher.forward import score_documents
+from distft.teacher.head_copy import commit_head
 from distft.teacher.identity import documents_key, scored_positions, teacher_identity
-from distft.teacher.planes import stored_schema, to_planes
+from distft.teacher.part import PartWriter
 from distft.teacher.quarantine import LESS_MEMORY, Reading, attempt, positions_limit, read_apart, witnesses
 from distft.teacher.scores import Scores
 
@@ -72,10 +72,11 @@ class ScorerPlan:
         """Loads the teacher."""
         if self.opened is not None:
             return Scorer(self.run, self.opened, self.model, self.folder)
+        group = join_group()
         if not torch.cuda.is_available():
             torch.set_num_threads(1)  # other scorers are beside this one, one for each core
         corpus = Corpus.open(self.corpus, memo_path().parent / "staging", self.run.data.exclude)
-        return Scorer(self.run, corpus, self._model_here(), self.folder)
+        return Scorer(self.run, corpus, self._model_here(), self.folder, group)
 
     def _model_here(self) -> ModelFolder:
         """The model on this machine, with the very bytes that the command was started with: others would be mixed into the cache."""
@@ -95,44 +96,71 @@ class ScorerPlan:
 
 
 class Scorer:
-    """A loaded teacher. A call scores a unit, yields tokens as they are read, and returns what it did."""
+    """A loaded teacher. A call scores a unit, yields tokens as they are read, and returns what it did.
 
-    def __init__(self, run: Run, corpus: Corpus, model: ModelFolder, folder: Location) -> None:
-        self.run, self.corpus, self.model, self.folder = run, corpus, model, folder
+    Of a `group` of ranks that hold the teacher together, all are called with the same unit; the leading one writes."""
+
+    def __init__(
+        self, run: Run, corpus: Corpus, model: ModelFolder, folder: Location, group: World | None = None
+    ) -> None:  # fmt: skip
+        self.run, self.corpus, self.model, self.folder, self.group = run, corpus, model, folder, group or World()
         with enough_memory(LESS_MEMORY):
             self.teacher = load_model(
-                model,
-                dtype=run.teacher_model.dtype,
-                attention=run.model.attention,
-                head_rows=token_rows(model),
-                device=this_device(),
-            )
+                model, dtype=run.teacher_model.dtype, attention=run.model.attention, head_rows=token_rows(model),
+                device=this_device(), group=group,
+            )  # fmt: skip
         self.room = positions_limit(self.teacher)
+        if isinstance(run.score.distribution, Hidden):
+            commit_head(folder, self.teacher, self.group)
 
     def __call__(self, unit: Unit) -> Generator[float, None, UnitScored]:
-        if self.folder.exists(f"parts/{unit.name}.json"):
+        # One rank looks, and all do as it says: between two looks another driver may commit the part.
+        [there] = self.group.total(self.group.leads and self.folder.exists(f"parts/{unit.name}.json"))
+        if there:
             yield unit.tokens
             return UnitScored(documents=0, scored_tokens=0)
         documents = [self.corpus.document(*place) for place in unit.places]
         if documents_key(document.digest for document in documents) != unit.name.partition("-")[0]:
             raise CorruptArtifactError(f"The documents of unit {unit.name} are others here.", where=self.corpus.folder.url,
                                        help="Run the command again, and `distft tokenize` if that does not help.")  # fmt: skip
-        reading = yield from self.read(documents)
-        if not reading.documents:
-            self._refuse_a_broken_teacher(documents[0], reading)
-        _commit_part(self.folder, unit.name, reading, self.teacher)
+        with PartWriter(self.folder, unit.name) as part:
+            reading = yield from self.read(documents, part.add if self.group.leads else lambda rows: None)
+            if not reading.documents:
+                self._refuse_a_broken_teacher(documents[0], reading)
+            if self.group.leads:
+                device = self.teacher.device.type
+                part.commit(reading.quarantined, {"torch": str(torch.__version__), "device": device, "ranks": self.group.size})
         return UnitScored(
-            documents=len(reading.documents), scored_tokens=sum(len(score.positions) for score in reading.scores),
-            quarantined=len(reading.quarantined), crowded=reading.crowded,
+            documents=reading.documents, scored_tokens=reading.scored_tokens, quarantined=len(reading.quarantined),
+            crowded=reading.crowded,
         )  # fmt: skip
 
-    def read(self, documents: list[Document]) -> Generator[float, None, Reading]:
-        """Reads documents and stores nothing."""
-        return read_apart(documents, self._batch, tokens_per_batch=self.run.score.tokens_per_batch, room=self.room)
+    def read(
+        self, documents: list[Document], keep: Callable[[list[tuple[Document, Scores]]], None] = lambda rows: None
+    ) -> Generator[float, None, Reading]:
+        """Reads documents and stores nothing; `keep` gets them with their scores as they are read."""
+        limit = self.run.score.tokens_per_batch
+        return read_apart(documents, self._batch, keep, tokens_per_batch=limit, room=self.room)
 
     def _batch(self, documents: list[Document]) -> list[Scores]:
         places = [scored_positions(document, self.run.score.positions) for document in documents]
-        return score_documents(self.teacher, [d.tokens for d in documents], places, self.run.score.distribution)
+        with self._no_rank_goes_on_alone():
+            return score_documents(
+                self.teacher, [d.tokens for d in documents], places, self.run.score.distribution, self.group
+            )  # fmt: skip
+
+    @contextmanager
+    def _no_rank_goes_on_alone(self) -> Iterator[None]:
+        """What a rank alone would read again, the others would not, and all would wait for ever."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.group.size == 1:
+                raise
+            raise DistftError(
+                f"Rank {self.group.rank} of {self.group.size} that hold the teacher together failed: {str(error)[:300]}",
+                where=f"score.tensor_parallel={self.group.size}", help=LESS_MEMORY,
+            ) from None  # fmt: skip
 
     def _refuse_a_broken_teacher(self, first: Document, reading: Reading) -> None:
         """A teacher that can read nothing of a unit, nor of some other documents, is broken, or its device is: to quarantine all
@@ -146,36 +174,6 @@ class Scorer:
                 help=f"Nothing of its part was stored. See whether {self.model.path.name} runs in this dtype and on this device at "
                 "all, and whether data.max_tokens is within its reach.",
             )  # fmt: skip
-
-
-def _commit_part(folder: Location, name: str, reading: Reading, teacher: LanguageModel) -> None:
-    """Data first, then the manifest that gives it a meaning. Another driver may have been first with the same documents; its part
-    stands then, and ours is deleted."""
-    documents, scores = reading.documents, reading.scores
-    digests = [document.digest for document in documents]
-    key = documents_key([*digests, *reading.quarantined])
-    written: tuple[FileEntry, ...] = ()
-    if digests:
-        with ShardWriter(folder, f"part-{key}", stored_schema(SCHEMA)) as writer:
-            for rows in batches_by_entries(scores):
-                writer.write(to_planes(to_batch(digests[rows], [len(d.tokens) for d in documents[rows]], scores[rows])))
-        written = (writer.entry,)
-    facts = {
-        "digests": digests,
-        "quarantined": reading.quarantined,
-        "tokens": sum(len(document.tokens) for document in documents),
-        "scored_tokens": sum(len(score.positions) for score in scores),
-        "entries": sum(len(score.ids) for score in scores),
-        "torch": str(torch.__version__),
-        "device": teacher.head.weight.device.type,
-    }
-    identity = {"documents": key, "teacher": _teacher_id(folder)}
-    ours = Manifest(kind="teacher-part", identity=identity, files=written, facts=facts)
-    committed = commit(folder, ours, f"parts/{name}.json")
-    named = {entry.name for entry in committed.files}
-    for entry in written:
-        if entry.name not in named:
-            folder.delete(entry.name)
 
 
 def _teacher_id(folder: Location) -> str:

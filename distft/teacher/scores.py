@@ -30,8 +30,8 @@ class Scores:
         return len(self.positions)
 
     @property
-    def hidden_NW(self) -> npt.NDArray[np.uint16]:
-        """The words of each token's hidden state."""
+    def words(self) -> npt.NDArray[np.uint16]:
+        """Hidden states as [tokens, words of each]."""
         return self.hidden.reshape(len(self), -1) if len(self) else self.hidden.reshape(0, 0)
 
     def select(self, chosen: npt.NDArray[np.bool_]) -> Scores:
@@ -42,7 +42,7 @@ class Scores:
         return Scores(
             positions=self.positions[chosen], label_logprob=self.label_logprob[chosen], entropy=self.entropy[chosen],
             rank=self.rank[chosen], tail=self.tail[chosen], counts=self.counts[chosen],
-            ids=self.ids[entries], logprobs=self.logprobs[entries], hidden=self.hidden_NW[chosen].reshape(-1),
+            ids=self.ids[entries], logprobs=self.logprobs[entries], hidden=self.words[chosen].reshape(-1),
         )  # fmt: skip
 
     def followed_by(self, other: Scores) -> Scores:

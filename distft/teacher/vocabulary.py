@@ -8,7 +8,7 @@ Shapes as in `distft.teacher.forward`; V is this rank's part, M counts kept entr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,12 +16,27 @@ from torch import Tensor
 from distft.engine.world import World
 
 
+class Scratch:
+    """Room for [C, V] numbers that is used again for each block of tokens. malloc would put small results into the holes that large
+    buffers leave, and ask for ever more memory."""
+
+    def __init__(self) -> None:
+        self._held: dict[torch.dtype, Tensor] = {}
+
+    def like(self, example_CV: Tensor, kind: torch.dtype = torch.float32) -> Tensor:
+        """A buffer of the example's shape, which holds until the next call with this dtype."""
+        size = example_CV.numel()
+        if kind not in self._held or len(self._held[kind]) < size:
+            self._held[kind] = torch.empty(size, dtype=kind)
+        return self._held[kind][:size].view(example_CV.shape)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularyShare:
     """This rank's part: the ids from `first` on. The ranks of the group hold ascending parts of one vocabulary."""
 
     first: int = 0
-    group: World = World()
+    group: World = field(default_factory=World)
 
     @property
     def _alone(self) -> bool:
@@ -71,9 +86,10 @@ class VocabularyShare:
         here = (id_M >= self.first) & (id_M < self.first + rows)
         return row_M[here], id_M[here] - self.first
 
-    def find(self, mass_CV: Tensor, points_CD: Tensor) -> Tensor:
+    def find(self, mass_CV: Tensor, points_CD: Tensor, scratch: Scratch | None = None) -> Tensor:
         """The ids at which the cumulative distribution first exceeds each of `points_CD` of its whole. Never one of mass 0."""
-        summed_CV = mass_CV.double().cumsum(1)
+        summed_CV = scratch.like(mass_CV, torch.float64).copy_(mass_CV) if scratch else mass_CV.double()
+        summed_CV.cumsum_(1)
         own_C1 = summed_CV[:, -1:]
         last = summed_CV.shape[1] - 1
         if self._alone:

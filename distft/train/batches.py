@@ -28,18 +28,19 @@ class Step:
 
     micro_batches: list[MicroBatch]
     groups: list[npt.NDArray[np.uint8]]
-    """The group of each token of each micro-batch."""
+    """The group of each token of each micro-batch; a prompt's are of none, which is the number after the last."""
     counts: list[float]
     """Its part of each group's normaliser."""
     tokens: int
 
     def normalised(self, totals: Sequence[float], *, kl_factor: float = 1.0) -> tuple[list[MicroBatch], float]:
         """Micro-batches and the number to divide their loss by, from each group's normaliser over all ranks. Where there are several
-        groups, weights are scaled so that the sum of all normalisers serves for each. `kl_factor` multiplies all divergences."""
+        groups, weights are scaled so that the sum of all normalisers serves for each, as it does for prompts. `kl_factor` multiplies
+        all divergences."""
         normaliser = float(sum(totals))
         if len(totals) == 1 and kl_factor == 1.0:
             return self.micro_batches, normaliser
-        factors = np.array([normaliser / total if total else 0.0 for total in totals], np.float32)
+        factors = np.array([*(normaliser / total if total else 0.0 for total in totals), 1.0], np.float32)
         changed = [
             scaled(batch, factors[group], kl_factor=kl_factor)
             for batch, group in zip(self.micro_batches, self.groups, strict=True)
@@ -72,7 +73,7 @@ class Feed:
     def step(self, rows: npt.NDArray[np.int64]) -> Step:
         """This rank's share of the step with these documents."""
         batches = batches_by_tokens([int(self.lengths[row]) for row in rows], self.train.micro_batch_tokens)
-        counts = np.zeros(self.objective.groups)
+        counts = np.zeros(self.objective.groups + 1)
         made, groups, tokens = [], [], 0
         for batch in share(batches, self.world):
             documents = [self.corpus.document("train", int(rows[i])) for i in batch]
@@ -87,7 +88,7 @@ class Feed:
             made.append(done)
             groups.append(group)
             tokens += sum(len(document) for document in documents)
-        return Step(micro_batches=made, groups=groups, counts=counts.tolist(), tokens=tokens)
+        return Step(micro_batches=made, groups=groups, counts=counts[:-1].tolist(), tokens=tokens)
 
     def _treated(self, document: Document) -> Treated:
         """What is done with a document's tokens: first those of the answer, then, where it is held too, those of the prompt."""
@@ -110,7 +111,7 @@ class Feed:
             return Treated(document, answer, made, own if scores else None, known)
         assert scores is not None, "config.check sees to it that the prompt was scored"
         weight = rule.prompt_weight(float(made.count.sum()), len(rest))
-        held = treatment(len(rest), kl=weight, count=0.0)
+        held = treatment(len(rest), kl=weight, count=0.0, group=rule.groups)
         places = np.concatenate([answer, rest.positions.astype(np.int64)])
         return Treated(document, places, _joined(made, held), own.followed_by(rest), known)
 

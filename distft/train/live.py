@@ -39,7 +39,9 @@ class LiveTreatment:
         known = [one.signals for one in treated if one.signals is not None]
         answers = [np.arange(len(one.places)) < len(signals) for one, signals in zip(treated, known, strict=True)]
         fixed = [one.treatment.kl for one in treated]
-        return cls(rule, known, np.concatenate([np.zeros(0, np.float32), *fixed]), np.concatenate([np.zeros(0, np.bool_), *answers]))
+        return cls(
+            rule, known, np.concatenate([np.zeros(0, np.float32), *fixed]), np.concatenate([np.zeros(0, np.bool_), *answers])
+        )
 
     @property
     def fields(self) -> frozenset[LiveField]:
@@ -53,6 +55,8 @@ class LiveTreatment:
         device = next(iter(seen.values())).device
         live = live_signals(len(signals), **{name: _floats(value)[answers] for name, value in seen.items()})
         made = self.rule.treat(replace(signals, live=live))
+        if made.entropy.any():
+            raise ValueError("a rule of single tokens gives a weight on the entropy, which the loss has not planned for")
         return self._weights([made], answers, self.fixed[rows], device)
 
     def settle(self, seen: TokenValues, targets: Targets) -> tuple[Targets, Tensor]:
@@ -71,9 +75,7 @@ class LiveTreatment:
         teacher = targets.teacher and targets.teacher.select(borne_N, held_N[borne_N])
         return Targets(labels_N=targets.labels_N[borne_N], **columns, teacher=teacher), borne_N
 
-    def _weights(
-        self, made: Sequence[Treatment], answers: npt.NDArray[np.bool_], fixed: Floats, device: torch.device
-    ) -> Weights:  # fmt: skip
+    def _weights(self, made: Sequence[Treatment], answers: npt.NDArray[np.bool_], fixed: Floats, device: torch.device) -> Weights:
         columns: dict[str, Tensor] = {}
         for name in PARTS:
             column = fixed.copy() if name == "kl" else np.zeros_like(fixed)
@@ -86,6 +88,7 @@ class LiveTreatment:
 
 def _run(documents: Sequence[Signals], start: int, stop: int) -> Signals:
     """Consecutive tokens, whatever documents they are of."""
+
     def column(name: str) -> np.ndarray:
         return np.concatenate([getattr(one, name) for one in documents])[start:stop]
 

@@ -1,7 +1,9 @@
 """`metrics.jsonl`: a line per step, for people and plots.
 
-`loss` is what was minimised. `ce`, `kl`, `rkl` and `entropy` are unweighted means in nats over the tokens that bear that weight, and
-`share_*` is how large a part of the normaliser those tokens are. A resumed run drops the lines after its checkpoint and goes on.
+`loss` is what was minimised. `ce`, `kl`, `rkl` and `entropy` are unweighted means in nats over the tokens that bear that weight,
+`share_*` is how many those tokens are for each that the normaliser counts (above 1 where a held prompt is longer than its answer), and
+`mass_*` is what the part adds to the loss, in nats: the four add up to it, an entropy bonus counting below 0. A resumed run drops the
+lines after its checkpoint and goes on.
 """
 
 from __future__ import annotations
@@ -46,4 +48,5 @@ def step_line(step: int, values: StepValues, *, normaliser: float, tokens: int, 
         line[part] = total / values.counts[part] if values.counts[part] else 0.0
     for part, count in values.counts.items():
         line[f"share_{part}"] = count / normaliser
+    line |= {f"mass_{part}": mass for part, mass in values.masses.items()}
     return {**line, "tokens": tokens, "lr": lr, "grad_norm": values.grad_norm, "tokens_per_second": tokens / max(seconds, 1e-9)}

@@ -63,7 +63,9 @@ def micro_batch(
     predictor_N = np.concatenate([none, *(start + one.places - 1 for one, start in zip(treated, layout.starts, strict=False))])
     labels_N = np.concatenate([none, *(one.document.tokens[one.places].astype(np.int64) for one in treated)])
     columns = {
-        f"{name}_N": torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(getattr(one.treatment, name) for one in treated)]))
+        f"{name}_N": torch.from_numpy(
+            np.concatenate([np.zeros(0, np.float32), *(getattr(one.treatment, name) for one in treated)])
+        )
         for name in ("ce", "kl", "rkl", "entropy")
     }
     held = live is not None or bool((columns["kl_N"] != 0).any() or (columns["rkl_N"] != 0).any())

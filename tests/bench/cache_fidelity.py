@@ -31,9 +31,10 @@ from distft.store.location import open_location
 from distft.store.model_folder import resolve_model
 from distft.store.shards import ShardWriter
 from distft.teacher.cache import sparse_rows
-from distft.teacher.encode import SCHEMA, batches_by_entries, to_batch
-from distft.teacher.forward import Scores, _points, score_logits
+from distft.teacher.encode import SCHEMA, RecordBatches, to_batch
+from distft.teacher.forward import _points, score_logits
 from distft.teacher.planes import stored_schema, to_planes
+from distft.teacher.scores import Scores
 
 POLICIES: dict[str, Distribution] = {
     "topk k=128 min_prob=1e-3 (default)": TopK(),
@@ -128,11 +129,10 @@ def disk_bytes(scores: list[Scores]) -> int:
     """What a part with these documents takes in a store, all of it."""
     with tempfile.TemporaryDirectory() as folder:
         with ShardWriter(open_location(folder), "part", stored_schema(SCHEMA)) as writer:
-            for rows in batches_by_entries(scores):
-                some = scores[rows]
-                writer.write(
-                    to_planes(to_batch([f"{n:032x}" for n in range(len(some))], [len(s.positions) + 1 for s in some], some))
-                )
+            batches = RecordBatches()
+            for rows in (*batches.add(enumerate(scores)), batches.rest()):
+                some = [one for _, one in rows]
+                writer.write(to_planes(to_batch([f"{n:032x}" for n, _ in rows], [len(s) + 1 for s in some], some)))
         return writer.entry.size
 
 

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from distft.engine.world import World
 from distft.store.model_folder import resolve_model
+from tests.helpers.objectives import ALL_POSITIONS, CATALOG, uneven
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.steps import Taken, distance, feed, take
-from tests.helpers.stores import Lab, document, lab, shared_model
+from tests.helpers.stores import Lab, lab, shared_model
 
 STEPS = {"eight documents": list(range(8)), "three documents": [1, 2, 6], "one document": [2]}
 """Two ranks cannot share one document: the other's share is empty. Three documents are two micro-batches against one."""
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "stm": {"kind": "stm", "tau": 1000.0},
-    "stm_kl": {"kind": "stm_kl", "tau": 1000.0, "kl": 2.0},
-}
 
 
 def scored(folder: Path) -> Lab:
-    random = np.random.default_rng(3)
-    supervised = [[1], [15], range(1, 16), [2, 3], range(4, 9), [7], range(1, 14), [1, 15]]
-    documents = [document(random.integers(5, 280, 16).tolist(), list(places)) for places in supervised]
-    made = lab(folder, documents=documents, objective=OBJECTIVES["stm_kl"])
+    made = lab(folder, documents=uneven(), score=ALL_POSITIONS)
     made.score()
     return made.changed(train={"clip": None, "micro_batch_tokens": 16})
 
@@ -36,7 +29,7 @@ def all_steps(world: World, made: Lab, student: str) -> dict[str, Taken]:
     """Every step under every objective, for a student that is not the teacher."""
     stranger = replace(made, model=resolve_model(student, None))
     taken = {}
-    for name, objective in OBJECTIVES.items():
+    for name, objective in CATALOG.items():
         variant = made.changed(objective=objective)
         for step, rows in STEPS.items():
             taken[f"{name}, {step}"] = take(stranger, feed(variant, world).step(np.array(rows)), world)
@@ -54,6 +47,7 @@ def test_two_ranks_take_the_step_that_one_takes(tmp_path: Path) -> None:
             assert rank.values.loss == pytest.approx(one.values.loss, rel=1e-6)
             assert rank.line == pytest.approx(one.line, rel=1e-5, abs=1e-7)
             assert rank.values.counts == one.values.counts
+            assert sum(rank.values.masses.values()) == pytest.approx(one.values.loss, rel=1e-6)
         assert first[name].micro_batches == second[name].micro_batches
     assert (first["stm_kl, one document"].weighted, second["stm_kl, one document"].weighted) == (15, 0)
     assert first["stm_kl, three documents"].weighted != second["stm_kl, three documents"].weighted

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +12,20 @@ import numpy as np
 import pytest
 import torch
 
+from distft.cluster.pool import map_units
 from distft.config.schema import Distribution, Hidden, NoDistribution, Sample, TopK
 from distft.corpus.render import token_rows
 from distft.engine.load import LanguageModel, load_model
 from distft.engine.world import World
 from distft.errors import ModelError
 from distft.store.model_folder import resolve_model
+from distft.teacher.build import build_teacher
 from distft.teacher.forward import score_documents
 from distft.teacher.scores import Scores
+from tests.helpers.cluster import Cluster
 from tests.helpers.models import tiny_model_folder
 from tests.helpers.ranks import run_ranks
+from tests.helpers.stores import lab, random_documents
 
 POLICIES: dict[str, Distribution] = {
     "default": TopK(),
@@ -100,3 +107,55 @@ def test_heads_that_do_not_divide_are_refused_with_numbers(tmp_path: Path) -> No
     assert told == ["The model's 1 (num_key_value_heads) cannot be shared evenly among 2 ranks."] * 2
     with pytest.raises(AssertionError):
         agree(*(score_documents(teacher(folder, World()), *documents(), TopK(k=k))[0] for k in (3, 4)), "other policies")
+
+
+@pytest.mark.parametrize("policy", [{"kind": "topk"}, {"kind": "hidden"}], ids=["topk", "hidden"])
+def test_groups_of_actors_make_the_cache_that_one_process_makes(cluster: Cluster, tmp_path: Path, policy: dict[str, Any]) -> None:
+    """Two groups of two at once; the second run finds all there."""
+    read = random_documents(30, seed=70)
+    alone = lab(tmp_path / "alone", documents=read, score={"distribution": policy})
+    together = lab(tmp_path / "together", documents=read, score={"distribution": policy, "tensor_parallel": 2, "workers": 2})
+    alone.score()
+    map_two = partial(map_units, address=cluster.address, workers=2, group=2)
+    scored = build_teacher(together.run, together.corpus, together.model, together.store, map_two)
+    assert scored.documents_scored == len(read)
+    one, other = alone.cache(), together.cache()
+    assert alone.identity() == together.identity()
+    for document in read:
+        agree(one.scores(document), other.scores(document), document.digest)
+    if one.head is not None and other.head is not None:
+        assert torch.equal(one.head.weight_VT, other.head.weight_VT)
+    again = build_teacher(together.run, together.corpus, together.model, together.store, map_two)
+    assert again.documents_scored == 0
+
+
+def test_a_rank_that_is_killed_takes_its_group_along_and_another_finishes(cluster: Cluster, tmp_path: Path) -> None:
+    read = random_documents(30, seed=71)
+    alone, made = (lab(tmp_path / name, documents=read) for name in ("alone", "killed"))
+    alone.score()
+    died = tmp_path / "died"
+    make = partial(KilledFollower, died)
+    map_one = partial(map_units, address=cluster.address, workers=1, group=2)
+
+    def map_dying(plan: Any, units: Any, report: Any) -> Any:
+        return map_one(partial(make, plan), units, report)
+
+    build_teacher(made.run, made.corpus, made.model, made.store, map_dying)
+    assert died.exists()
+    one, other = alone.cache(), made.cache()
+    for document in read:
+        agree(one.scores(document), other.scores(document), document.digest)
+
+
+class KilledFollower:
+    """A scorer whose second rank is killed once, in the middle of its second unit."""
+
+    def __init__(self, died: Path, plan: Any) -> None:
+        self.died, self.scorer, self.units = died, plan(), 0
+
+    def __call__(self, unit: Any) -> Any:
+        self.units += 1
+        if os.environ["RANK"] == "1" and self.units == 2 and not self.died.exists():
+            self.died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (yield from self.scorer(unit))

@@ -152,6 +152,46 @@ def test_wrong_bytes_that_pass_are_fetched_again_and_wrong_bytes_that_stay_are_r
     assert proxy.trouble.seen == 1
 
 
+@pytest.mark.parametrize("s3_server", ["moto"], indirect=True)  # which keeps checksums and tells them
+def test_bytes_that_the_servers_checksum_denies_are_asked_for_again(proxy: Proxy, store: Location) -> None:
+    store.create("name", b"payload")
+    proxy.hides_checksums = False
+    proxy.trouble = Trouble("GET", "flip", 1)
+    assert store.read("name") == b"payload"
+    proxy.trouble = Trouble("GET", "flip", 99)
+    with pytest.raises(CorruptArtifactError, match="wrong bytes arrive"):
+        store.read("name")
+    assert proxy.trouble.seen == s3.REREADS + 1
+
+
+def test_bytes_that_arrive_wrong_are_sent_again(proxy: Proxy, store: Location, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    writes: dict[str, Callable[[], object]] = {
+        "created": lambda: store.create("created", b"mine"), "replaced": lambda: store.replace("replaced", b"mine"),
+        "uploaded": lambda: store.upload("uploaded", tmp_path / "file"),
+    }  # fmt: skip
+    for name, write in writes.items():
+        proxy.trouble = Trouble("PUT", "flip_request", s3.REREADS)
+        assert write() is not False, "the name was free: wrong bytes there are one's own"
+        assert store.read(name) == b"mine"
+        proxy.trouble = Trouble("PUT", "flip_request", 99)
+        with pytest.raises(CorruptArtifactError, match="wrong bytes arrive"):
+            store.replace("other", b"mine")
+        assert proxy.trouble.seen == s3.REREADS + 1
+    proxy.trouble = None
+    assert not store.create("created", b"other")
+
+
+def test_a_manifest_that_came_wrong_once_is_read_again(proxy: Proxy, store: Location) -> None:
+    manifest = commit(store, Manifest(kind="corpus", identity={"a": 1}, files=()))
+    proxy.trouble = Trouble("GET", "flip", 1)
+    assert read_manifest(store) == manifest
+    proxy.trouble = Trouble("GET", "flip", 99)
+    with pytest.raises(CorruptArtifactError, match="not a sound manifest"):
+        read_manifest(store)
+    assert proxy.trouble.seen == 2
+
+
 @pytest.mark.parametrize("fault", PASSING)
 def test_a_commit_is_one_commit_through_trouble(proxy: Proxy, store: Location, fault: Fault) -> None:
     store.create("data/x", b"payload")

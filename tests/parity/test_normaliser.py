@@ -9,31 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from distft.corpus.reader import Document
 from distft.engine.head import TrainedModel
+from distft.engine.local import PARTS
 from distft.engine.world import World
 from distft.objectives.treatment import treatment
 from distft.train.targets import micro_batch, supervised
+from tests.helpers.objectives import ALL_POSITIONS, CATALOG, uneven
 from tests.helpers.steps import Taken, distance, feed, take, take_step
 from tests.helpers.stores import Lab, document, lab, loaded, random_documents, shared_model
 
 SAME = 1e-6
 """float32 sums in another order, over a step of some hundred tokens; a mean of means is off by tenths."""
-
-OBJECTIVES = {
-    "sft": {"kind": "sft"},
-    "sft_kl": {"kind": "sft_kl", "kl": 0.7},
-    "reverse": {"kind": "sft_kl", "kl": 0.7, "direction": "student_to_teacher"},
-    "stm": {"kind": "stm", "tau": 50.0},
-    "stm_kl": {"kind": "stm_kl", "tau": 50.0, "kl": 2.0},
-}
-
-
-def uneven(length: int = 16) -> list[Document]:
-    """Eight documents of equal length, and one, a few or nearly all tokens supervised."""
-    random = np.random.default_rng(3)
-    supervised = [[1], [15], range(1, 16), [2, 3], range(4, 9), [7], range(1, 14), [1, 15]]
-    return [document(random.integers(5, 280, length).tolist(), list(places)) for places in supervised]
 
 
 def assert_same(one: Taken, two: Taken) -> None:
@@ -43,10 +29,10 @@ def assert_same(one: Taken, two: Taken) -> None:
     assert two.line == pytest.approx(one.line, rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", CATALOG)
 def test_one_by_eight_two_by_four_and_eight_by_one_are_the_same_step(tmp_path: Path, objective: str) -> None:
     """The student has moved away from its teacher (another seed), so that divergences have gradients, too."""
-    made = lab(tmp_path, documents=uneven(), objective=OBJECTIVES[objective])
+    made = lab(tmp_path, documents=uneven(), objective=CATALOG[objective], score=ALL_POSITIONS)
     if made.run.needs_teacher:
         made.score()
     taken = []
@@ -57,10 +43,19 @@ def test_one_by_eight_two_by_four_and_eight_by_one_are_the_same_step(tmp_path: P
         taken.append(take_step_of_stranger(variant))
     for other in taken[1:]:
         assert_same(taken[0], other)
-    assert taken[0].values.loss > 0.1
-    if "stm" in objective:
-        assert 0 < taken[0].line["share_ce"] <= 1
-        assert taken[0].values.counts["ce"] < 46  # some of the tokens are masked, or this proves little
+    line, tokens = taken[0].line, sum(int(d.supervised.sum()) for d in uneven())
+    assert line["loss"] > 0.01
+    assert sum(line[f"mass_{part}"] for part in PARTS) == pytest.approx(line["loss"], rel=1e-6)
+    if objective.startswith("stm"):
+        assert 0 < taken[0].values.counts["ce"] < tokens  # some of the tokens are masked, or this proves little
+    if "prompt" in objective:
+        assert taken[0].values.counts["kl"] >= 20
+        assert line["mass_kl"] > 0.1
+    if objective == "sft_kl":
+        assert line["mass_ce"] == pytest.approx(line["ce"], rel=1e-6)
+        assert line["mass_kl"] == pytest.approx(0.7 * line["kl"], rel=1e-6)
+    if objective == "eksft":
+        assert line["mass_entropy"] < 0 < line["mass_rkl"]
 
 
 def take_step_of_stranger(made: Lab) -> Taken:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from distft.config.check import check_run
+from distft.config.check import _UNWIRED, check_run
 from distft.config.load import validate
 from distft.errors import ConfigError
 from distft.objectives import catalog
@@ -70,6 +70,15 @@ def test_a_pair_that_cannot_be(document: dict[str, Any], says: str) -> None:
         run(objective={"kind": "kd"}, score=SAMPLE),
         run(objective={"kind": "sft_kl"}, score=SAMPLE, data=data(path="data/h.jsonl")),
         run(objective={"kind": "sft"}, score=NONE),
+        run(objective={"kind": "sft", "prompt_kl": 0.5}, score={"positions": "all"}),
+        run(objective={"kind": "lwf", "normalise": "group_mean"}),
+        run(objective={"kind": "stm", "select": "random"}),
+        run(objective={"kind": "eksft"}),
+        run(objective={"kind": "eksft"}, score={"distribution": {"kind": "hidden"}}),
+        run(objective={"kind": "eaft"}, score=NONE),
+        run(objective={"kind": "dft"}, score=NONE),
+        run(objective={"kind": "talr"}, score=NONE),
+        run(objective={"kind": "asft"}, score=SAMPLE),
         run(data=data(path="data/t.jsonl", subset="b")),
         run(data=data(path="data/h.jsonl"), train={"drift_every_steps": 5}),
         run(train={"max_steps": 20}),
@@ -82,10 +91,6 @@ def test_a_pair_that_can(document: dict[str, Any]) -> None:
 
 
 UNWIRED: dict[str, tuple[dict[str, Any], str]] = {
-    "live": ({"kind": "eaft"}, "objective.kind=eaft decides by the student of each step, which training cannot do yet"),
-    "groups": ({"kind": "lwf", "normalise": "group_mean"}, "set objective.normalise=token_mean"),
-    "prompt_kl": ({"kind": "sft_kl", "prompt_kl": 0.5}, "set objective.prompt_kl=0"),
-    "document": ({"kind": "stm", "select": "random"}, "set objective.select=highest or lowest"),
     "anchors": ({"kind": "lwf", "anchors": "given"}, "documents cannot have any yet: set objective.anchors=floor"),
 }
 
@@ -102,11 +107,15 @@ def test_what_training_cannot_do_yet_is_refused_with_a_way_out(part: str, monkey
     check_run(wanted, where="run.yaml")
 
 
-@pytest.mark.parametrize("kind", ["eksft", "eaft", "dft", "asft", "talr"])
-def test_objectives_that_need_the_live_student_are_known_and_refused(kind: str) -> None:
+def test_there_is_a_sentence_for_what_training_cannot_do_and_for_nothing_else() -> None:
+    assert set(_UNWIRED) == set(UNWIRED) == catalog.NOT_WIRED
+
+
+def test_what_is_refused_beside_another_problem_is_told_with_it() -> None:
+    document = run(objective={"kind": "lwf", "anchors": "given", "prompt_kl": 0.5}, score=NONE)
     with pytest.raises(ConfigError) as told:
-        check_run(validate(run(objective={"kind": kind}), where=""), where="run.yaml")
-    assert "sft, sft_kl, stm, stm_kl, lwf and kd run" in told.value.problem
+        check_run(validate(document, where=""), where="run.yaml")
+    assert [line.strip().split(" ")[1] for line in told.value.problem.splitlines()[1:]] == ["wants", "needs", "needs"]
 
 
 def test_all_pairs_come_together() -> None:

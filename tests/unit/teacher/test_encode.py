@@ -17,7 +17,7 @@ from distft.store.location import open_location
 from distft.store.manifest import fetch
 from distft.store.shards import ShardWriter, read_shard
 from distft.teacher import encode
-from distft.teacher.encode import COLUMNS, SCHEMA, PlainShard, batches_by_entries, to_batch
+from distft.teacher.encode import COLUMNS, SCHEMA, PlainShard, RecordBatches, to_batch
 from distft.teacher.forward import Scores
 
 
@@ -140,9 +140,11 @@ def test_batches_stay_below_the_offsets_reach(
 ) -> None:
     monkeypatch.setattr(encode, "VALUES_PER_BATCH", 10)
     monkeypatch.setattr(encode, "DOCUMENTS_PER_BATCH", 4)
-    found = list(batches_by_entries([scores_of(one) for one in counts]))
-    assert [part.stop - part.start for part in found] == expected
-    assert [row for part in found for row in range(part.start, part.stop)] == list(range(len(counts)))
+    batches = RecordBatches()
+    found = [*batches.add((number, scores_of(one)) for number, one in enumerate(counts)), batches.rest()]
+    assert [len(part) for part in found if part] == expected
+    assert [number for part in found for number, _ in part] == list(range(len(counts)))
+    assert batches.rest() == []
 
 
 class Endless:
