@@ -70,8 +70,8 @@ class LocalEngine:
         self._drop_gradients()
         self._spread_masters()
         figures[-1] /= normaliser
-        named = {name: dict(zip(PARTS, row, strict=True)) for name, row in zip(FIGURES, figures.tolist(), strict=True)}
-        return StepValues(loss=loss, grad_norm=grad_norm, **named)
+        sums, counts, masses = (dict[str, float](zip(PARTS, row, strict=True)) for row in figures.tolist())
+        return StepValues(loss=loss, grad_norm=grad_norm, sums=sums, counts=counts, masses=masses)
 
     def measure(self, batch: MicroBatch) -> TokenValues:
         with self._evaluating():

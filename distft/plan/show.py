@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 _LATER = "known once the corpus is tokenised"
+_UNSCORED = "known once documents are scored; a trial (score.limit=200) is enough"
 _UNREAD = "none: neither objective nor drift meter reads a teacher"
 _SIGNS = {"have": "have   ", "partial": "partial", "stale": "STALE  ", "missing": "missing"}
 
@@ -37,6 +38,8 @@ def plan_text(result: dict[str, Any]) -> str:
         f"scoring                {_hours(figures['score_hours']) if read else _UNREAD}",
         f"training               {_hours(figures['train_hours'])}",
     ]  # fmt: skip
+    if read and result.get("tokens", "untold") is None:
+        lines.append(f"{'learned, held, masked':<22} {_UNSCORED}")
     if "calibration" in result:
         lines += _calibration(result["calibration"], result["config"])
     if result.get("tokens"):

@@ -124,7 +124,7 @@ def chosen_documents(plan: TokenPlan, documents: int = PAGE_DOCUMENTS, tokens: i
         first.setdefault(seen.document.digest, number)
     unique = list(first.values())
     even = unique if len(unique) <= documents else [unique[(2 * n + 1) * len(unique) // documents] for n in range(documents // 2)]
-    reason = "most CE that is not learned" if idle.any() else "most CE"
+    reason = f"most CE that {one.name} does not learn" if idle.any() else "most CE"
     why = dict.fromkeys(even, "evenly spread" if len(unique) > documents else "")
     for number in sorted(unique, key=lambda number: -per_document[number]):
         if len(why) >= min(documents, len(unique)):
@@ -236,7 +236,7 @@ def _document(plan: TokenPlan, one: Shown, marks: npt.NDArray[np.int64], texts: 
         f", the first {one.stop - one.start:,} shown" if one.stop - one.start < total else ""
     )
     return {
-        "place": f"{Path(document.file).name}, row {document.row:,}", "digest": document.digest, "why": one.why or "all are shown",
+        "place": f"{Path(document.file).name}, row {document.row:,}", "digest": document.digest, "why": one.why,
         "size": size, "html": document_html(plan, one, marks, texts),
         "sums": " · ".join(f"{TREATMENT_WORDS[TREATMENTS[n]]} {percent(count[n])} of tokens, {percent(mass[n])} of CE" for n in there),
         "bar": [_part(TREATMENTS[n], float(mass[n])) for n in there],

@@ -94,6 +94,8 @@ def _sign(sign: str, blank: bool) -> str:
         return "<b>↵</b>\n"
     if sign == "\t":
         return "<b>⇥</b>\t"
+    if sign == "\r":
+        return "<b>␍</b>"
     if sign == " ":
         return "<b>·</b>" if blank else " "
     if sign in (BROKEN, PART):

@@ -104,8 +104,8 @@ class TeacherCache:
             raise CorruptArtifactError(
                 f"What the teacher is said to think of document {digest} holds a NaN or an infinity: {', '.join(wrong)}.",
                 where=f"{document.file}:{document.row}, in {self.folder.url}",
-                help="Nothing was trained on it. Run `distft score` into a fresh store; if that comes out the same, leave the document "
-                f"out: add {digest[:12]} to data.exclude.",
+                help="Nothing was trained on it. Run `distft score` into a fresh store; if that comes out the same, leave the "
+                f"document out: add {digest[:12]} to data.exclude.",
             )  # fmt: skip
         return scores
 

@@ -92,15 +92,14 @@ class Feed:
 
     def _treated(self, document: Document) -> Treated:
         """What is done with a document's tokens: first those of the answer, then, where it is held too, those of the prompt."""
-        rule = self.objective
+        rule, own, rest = self.objective, None, None
         answer = np.flatnonzero(document.supervised)
-        scores = None
         if self.cache and (rule.needs_signals or rule.needs_distribution):
             scores = self.cache.scores(document)
             spoken = document.supervised[scores.positions.astype(np.int64)]
             own, rest = scores.select(spoken), scores.select(~spoken)
         known = replace(
-            signals(own) if scores else _nothing_known(len(answer)), document=document.digest, vocabulary=self.vocabulary
+            signals(own) if own is not None else _nothing_known(len(answer)), document=document.digest, vocabulary=self.vocabulary
         )  # fmt: skip
         if rule.live == "no":
             made = rule.treat(known)
@@ -108,9 +107,10 @@ class Feed:
             count, group = rule.counts(known)
             made = treatment(len(known), count=count, group=group)
         if rule.prompt_kl == 0:
-            return Treated(document, answer, made, own if scores else None, known)
-        assert scores is not None, "config.check sees to it that the prompt was scored"
-        weight = rule.prompt_weight(float(made.count.sum()), len(rest))
+            return Treated(document, answer, made, own, known)
+        assert own is not None, "a rule that holds the prompt needs the distribution"
+        assert rest is not None
+        weight = rule.prompt_weight(float(made.count.sum()), len(rest))  # pyright: ignore[reportArgumentType]  (what it counts)
         held = treatment(len(rest), kl=weight, count=0.0, group=rule.groups)
         places = np.concatenate([answer, rest.positions.astype(np.int64)])
         return Treated(document, places, _joined(made, held), own.followed_by(rest), known)

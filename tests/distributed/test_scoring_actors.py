@@ -142,7 +142,7 @@ def test_a_unit_whose_part_is_there_is_not_scored_again(tmp_path: Path, monkeypa
     told: list[float] = []
     (result,) = in_process(plan_of(made), [unit], lambda amount, note: told.append(amount))
     assert result == UnitScored(documents=0, scored_tokens=0)
-    assert told == [unit.tokens]
+    assert told == [0.0, unit.tokens]  # ready, then at once all of it
 
 
 def test_units_follow_from_the_corpus_alone(tmp_path: Path) -> None:
@@ -178,10 +178,10 @@ def test_a_document_that_is_not_finite_comes_back_by_name(cluster: Cluster, tmp_
     made = lab(
         tmp_path, documents=[*sound[:6], document([5, 279, 7], [2]), *sound[6:12]], model=resolve_model(str(model.path), None)
     )
-    with pytest.raises(DistftError, match="not finite") as caught:
-        build_teacher(made.run, made.corpus, made.model, made.store, partial(map_units, workers=1))
-    assert caught.value.where == "rows.jsonl:7"
-    assert "Nothing of its part was stored" in caught.value.help
+    scored = build_teacher(made.run, made.corpus, made.model, made.store, partial(map_units, workers=1))
+    (broken,) = (one.digest for one in made.corpus.documents("train") if 279 in one.tokens)
+    assert scored.coverage.quarantined == {broken: "the teacher's distribution over it is not finite"}
+    assert scored.documents_scored == 12
 
 
 # --- elsewhere -------------------------------------------------------------------------------------------------------
@@ -235,28 +235,35 @@ def test_a_unit_of_another_corpus_is_refused(tmp_path: Path) -> None:
         ("local", "auto", 8, {"workers": 8, "gpus": 8}), ("local", 3, 0, {"workers": 3, "gpus": 0}),
         ("local", 2, 8, {"workers": 2, "gpus": 8}), ("auto", "auto", 0, {"workers": None, "gpus": 0}),
         ("h:1", 1, 0, {"workers": 1, "gpus": 0}), ("auto", 16, 2, {"workers": 16, "gpus": 2}),
+        ("local", "auto", 8, {"workers": 2, "gpus": 8, "group": 4}), ("local", 1, 0, {"workers": 1, "gpus": 0, "group": 2}),
+        ("auto", "auto", 0, {"workers": None, "gpus": 0, "group": 2}),
     ],
 )  # fmt: skip
 def test_who_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, workers: Any, gpus: int, expected: dict[str, Any] | None
 ) -> None:
-    mapping = chosen(tmp_path, monkeypatch, address, workers, gpus)
+    group = (expected or {}).get("group", 1)
+    mapping = chosen(tmp_path, monkeypatch, address, workers, gpus, group)
     if expected is None:
         assert mapping is in_process
     else:
         assert mapping.func is map_units
-        assert mapping.keywords == {"address": address, **expected}
+        assert mapping.keywords == {"address": address, "group": 1, **expected}
 
 
 def test_more_scorers_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"score\.workers=3, and this machine has 2 GPUs"):
-        chosen(tmp_path, monkeypatch, "local", 3, 2)
+    with pytest.raises(ConfigError, match=r"workers=3 with score.tensor_parallel=1 need 3 GPUs, and this machine has 2"):
+        chosen(tmp_path, monkeypatch, "local", 3, 2, 1)
+    with pytest.raises(ConfigError, match=r"workers=1 with score.tensor_parallel=4 need 4 GPUs, and this machine has 2"):
+        chosen(tmp_path, monkeypatch, "local", "auto", 2, 4)
 
 
-def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, workers: Any, gpus: int) -> Any:
+def chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, workers: Any, gpus: int, group: int
+) -> Any:  # fmt: skip
     monkeypatch.setattr("distft.engine.world.device_count", lambda: gpus)
     run = Run.model_validate({
         "name": "a", "store": str(tmp_path), "model": {"path": "m"}, "data": {"train": {"path": "t"}},
-        "score": {"workers": workers}, "cluster": {"address": address},
+        "score": {"workers": workers, "tensor_parallel": group}, "cluster": {"address": address},
     })  # fmt: skip
     return Pipeline(run)._map_units()

@@ -108,7 +108,9 @@ def _formula(settings: dict[str, Any], docs: list[Doc]) -> Tensor:
     if settings.get("select") == "random":
         return papers.mean([papers.cross_entropy(d, t) for d in docs for t in range(len(d)) if t not in _masked(settings, d)])
     given = {"anchors": "floor"} if settings["kind"] == "lwf" else {}
-    return FORMULAS[settings["kind"]](docs, **given, **{k: v for k, v in settings.items() if k not in ("kind", "prompt_kl", "seed")})
+    return FORMULAS[settings["kind"]](
+        docs, **given, **{k: v for k, v in settings.items() if k not in ("kind", "prompt_kl", "seed")}
+    )
 
 
 def _masked(settings: dict[str, Any], doc: Doc) -> set[int]:

@@ -9,6 +9,7 @@ import inspect
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,19 @@ from hypothesis.errors import HypothesisException
 
 from distft.errors import DistftError
 from tests.helpers.mutants import Mutant
-from tests.parity import test_alignment, test_export, test_normaliser, test_own_teacher, test_packing, test_resume
+from tests.parity import (
+    test_alignment,
+    test_export,
+    test_live,
+    test_normaliser,
+    test_own_teacher,
+    test_packing,
+    test_papers,
+    test_resume,
+)
 from tests.unit.objectives import test_against_papers, test_catalog, test_loss
 from tests.unit.teacher import test_cache, test_encode, test_forward, test_planes
-from tests.unit.train import test_batches
+from tests.unit.train import test_bad_numbers, test_batches
 
 
 @dataclass(frozen=True)
@@ -54,19 +64,23 @@ STALE_POLICY = guard(test_cache.test_another_policy_or_precision_is_another_cach
 
 HAND = test_catalog.test_each_rule_does_what_was_worked_out_by_hand
 PAPER = test_against_papers.test_loss_and_gradient_are_those_of_the_paper
+STEP = test_papers.test_a_step_is_that_of_the_paper
+ALL, EXACT = "all of the vocabulary", "hidden states"
+FACTOR = test_live.test_a_factor_on_divergences_is_one_on_their_weights
 CONTROLS = guard(test_catalog.test_controls_mask_as_many_tokens_as_the_paper_does, how={"tau": 1.5})
 
 RULE = "distft.objectives.catalog."
-LOSS, CHUNK = "distft.objectives.loss:", "distft.objectives.chunk:Chunk."
-BATCHES, ENGINE = "distft.train.batches:", "distft.engine.local:LocalEngine."
+LOSS, CHUNK, DISTRIBUTIONS = "distft.objectives.loss:", "distft.objectives.chunk:Chunk.", "distft.objectives.distributions:"
+BATCHES, TARGETS, ENGINE = "distft.train.batches:", "distft.train.targets:", "distft.engine.local:LocalEngine."
+LIVE_RULE = "distft.train.live:LiveTreatment."
 FORWARD = "distft.teacher.forward:"
 
 MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
     # --- alignment
     "the student's predictor is the label's own place": (
-        Mutant(f"{BATCHES}micro_batch", "start + places[borne] - 1", "start + places[borne]"), [BY_HAND]),
+        Mutant(f"{TARGETS}micro_batch", "start + one.places - 1", "start + one.places"), [BY_HAND]),
     "the student's labels are the tokens before": (
-        Mutant(f"{BATCHES}micro_batch", "document.tokens[places[borne]]", "document.tokens[places[borne] - 1]"), [BY_HAND]),
+        Mutant(f"{TARGETS}micro_batch", "document.tokens[one.places]", "document.tokens[one.places - 1]"), [BY_HAND]),
     "the teacher's predictor is the label's own place": (
         Mutant(f"{FORWARD}score_documents", "np.concatenate(flat) - 1", "np.concatenate(flat)"), [CACHED, LIVE]),
     "the teacher's first document is read for all": (
@@ -94,7 +108,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
     "padded head rows get mass": (
         Mutant("distft.corpus.render:token_rows", "+ 1", "+ 6"), [guard(test_forward.test_padded_head_rows_have_no_mass)]),
     "soft-capping is forgotten on the way back": (
-        Mutant(f"{LOSS}LogitShape.back", "grad_CV *= 1 - (logits_CV / self.softcap).square()", "pass"), [FORMULAS]),
+        Mutant(f"{DISTRIBUTIONS}LogitShape.back", "grad_CV *= 1 - (logits_CV / self.softcap).square()", "pass"), [FORMULAS]),
     "a whole [tokens, vocabulary] is made": (
         Mutant(f"{LOSS}_TokenLoss.forward", "range(0, len(hidden_ND), size)", "range(0, len(hidden_ND), size := len(hidden_ND))"),
         [guard(test_loss.test_nothing_larger_than_a_chunk_of_logits_is_made, weights="kl", softcap=None)]),
@@ -191,6 +205,65 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant("distft.objectives.treatment:ObjectiveRule.prompt_weight", "self.prompt_kl * supervised / prompt if",
                "self.prompt_kl if"),
         [guard(test_against_papers.test_a_prompt_weighs_its_multiple_of_the_answer_however_long_it_is, prompt=200)]),
+    # --- the student of the step, groups, prompts
+    "a whole document's live signals are those of the token before": (
+        Mutant(f"{LIVE_RULE}settle", "values[start:stop] for", "np.roll(values, 1)[start:stop] for"),
+        [guard(STEP, teacher=ALL, case="eksft"), guard(STEP, teacher=EXACT, case="talr")]),
+    "every document has the first one's live signals": (
+        Mutant(f"{LIVE_RULE}settle", "values[start:stop] for", "np.resize(values, stop - start) for"),
+        [guard(STEP, teacher=ALL, case="eksft"), guard(STEP, teacher=EXACT, case="talr")]),
+    "a token's live signals are read from the beginning of the batch": (
+        Mutant(f"{LIVE_RULE}decide", "_floats(value)[answers]", "_floats(value)[: answers.sum()]"),
+        [guard(STEP, teacher=ALL, case="asft, prompt held"), guard(STEP, teacher=EXACT, case="eaft, prompt held")]),
+    "what is held is taken from other tokens than those that bear it": (
+        Mutant(f"{LIVE_RULE}settle", "held_N[borne_N])", "held_N[borne_N].roll(1))"), [guard(STEP, teacher=ALL, case="eksft")]),
+    "a token that only learns keeps its distribution": (
+        Mutant(f"{DISTRIBUTIONS}SparseRows.select", "chosen_N[row_K] = held_K", "chosen_N[row_K] = held_K = held_K | True"),
+        [guard(test_live.test_eksft_reads_the_teacher_again_only_of_what_it_holds)]),
+    "what is not held says something": (
+        Mutant(f"{DISTRIBUTIONS}SparseRows.select", "torch.where(held_K, self.tail_N[row_K], 1.0)", "self.tail_N[row_K]"),
+        [guard(test_live.test_eksft_reads_the_teacher_again_only_of_what_it_holds)]),
+    "the normalisers of groups are exchanged": (
+        Mutant(f"{BATCHES}Step.normalised", "for total in totals), 1.0]", "for total in totals[::-1]), 1.0]"),
+        [guard(STEP, teacher=ALL, case="lwf, by group"), guard(STEP, teacher=EXACT, case="lwf, by group, prompt held")]),
+    "a group's tokens are divided by those of all": (
+        Mutant(f"{BATCHES}Step.normalised", "normaliser / total if total else 0.0", "1.0"),
+        [guard(STEP, teacher=ALL, case="lwf, by group")]),
+    "the prompt is divided by a group's count": (
+        Mutant(f"{BATCHES}Feed._treated", "group=rule.groups)", "group=0)"),
+        [guard(STEP, teacher=ALL, case="lwf, by group, prompt held"),
+         guard(test_live.test_a_prompt_is_held_also_where_the_step_has_no_token_of_the_first_group)]),
+    "the prompt's tokens count": (
+        Mutant(f"{BATCHES}Feed._treated", "count=0.0, group=rule.groups", "count=1.0, group=0"),
+        [guard(STEP, teacher=ALL, case="sft, prompt held"), guard(STEP, teacher=EXACT, case="eaft, prompt held")]),
+    "the prompt has the answer's scores": (
+        Mutant(f"{BATCHES}Feed._treated", "own.followed_by(rest)", "rest.followed_by(own)"),
+        [guard(STEP, teacher=ALL, case="sft, prompt held"), guard(STEP, teacher=EXACT, case="eksft, prompt held")]),
+    "a factor on divergences is one on the cross-entropy": (
+        Mutant(f"{TARGETS}scaled", "ce_N=targets.ce_N * factors,", "ce_N=targets.ce_N * factors * kl_factor,"),
+        [guard(FACTOR, rule="cached"), guard(FACTOR, rule="by group")]),
+    "a live factor on divergences is one on the cross-entropy": (
+        Mutant(f"{LIVE_RULE}_weights", '("kl", "rkl")', '("ce", "kl", "rkl")'),
+        [guard(FACTOR, rule="of single tokens"), guard(FACTOR, rule="of sequences"), guard(FACTOR, rule="nothing is held")]),
+    "a factor forgets KL(p||q)": (
+        Mutant(f"{TARGETS}scaled", "targets.rkl_N * factors * kl_factor", "targets.rkl_N * factors"),
+        [guard(FACTOR, rule="backwards")]),
+    "live weights reach the value and not the gradient": (
+        Mutant(f"{LOSS}_TokenLoss.forward", "chunk.gradient(given.ce_N,", "chunk.gradient(given.ce_N * 0 + 1,"),
+        [guard(STEP, teacher=ALL, case="dft"), guard(STEP, teacher=EXACT, case="eaft")]),
+    "the loss mass of a part is not weighted": (
+        Mutant("distft.engine.local:_figures", "sign * (value_N * weight_N)", "sign * (value_N * borne_N)"),
+        [guard(test_normaliser.test_one_by_eight_two_by_four_and_eight_by_one_are_the_same_step, objective="sft_kl")]),
+    "a dense teacher's divergence is seen from the student": (
+        Mutant(f"{CHUNK}_compare_whole", "-_row_dots(self.teacher_CV, self.log_ratio_CV)",
+               "_row_dots(self.exp_CV, self.log_ratio_CV) / self.total_C"), [guard(STEP, teacher=EXACT, case="sft_kl")]),
+    "a dense teacher's pull has no mean": (
+        Mutant(f"{CHUNK}gradient", "self.log_ratio_CV.sub_(self.exact_rkl_C[:, None])", "self.log_ratio_CV"),
+        [guard(STEP, teacher=EXACT, case="sft_kl backwards")]),
+    "an infinity in the cache is no trouble": (
+        Mutant("distft.teacher.cache:TeacherCache.scores", "if wrong:", "if False:"),
+        [guard(test_bad_numbers.test_a_row_with_no_number_in_it_is_refused_by_name, case="tail"),
+         guard(test_bad_numbers.test_hidden_states_are_looked_at_in_their_own_type, dtype="float32", word=0x7F80)]),
     # --- one normaliser, one order
     "the mean of micro-batch means": (
         Mutant(f"{ENGINE}train_step", "(weighted_sum / normaliser).backward()",
@@ -303,6 +376,7 @@ class Fixtures:
                 "monkeypatch": lambda: patch,
                 "capsys": lambda: self.capsys,
                 "read": lambda: watched(patch),
+                "lab_of": lambda: partial(test_papers.scored, folder),
             }
             wanted = [name for name in inspect.signature(guard.test).parameters if name not in given]
             guard.test(**given, **{name: known[name]() for name in wanted})

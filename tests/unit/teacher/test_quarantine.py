@@ -17,7 +17,7 @@ from distft.errors import CorruptArtifactError, DistftError, MissingArtifactErro
 from distft.store.location import Location
 from distft.store.manifest import Manifest, read_manifest
 from distft.store.model_folder import ModelFolder, resolve_model
-from distft.teacher import scorer
+from distft.teacher import part
 from distft.teacher.catalogue import figures, find_cache
 from distft.teacher.forward import score_documents
 from distft.teacher.identity import documents_key, quarantined_documents, read_parts
@@ -209,7 +209,12 @@ def lab_distribution() -> Any:
 def test_what_does_not_fit_in_memory() -> None:
     long = random_documents(1, seed=81, shortest=60, longest=60, vocabulary=270)[0]
     documents, seen = [*HEALTHY, long], []
-    steps = read_apart(documents, hungry(50, loaded(shared_model()), seen), tokens_per_batch=200, room=None)
+    kept: list[Document] = []
+
+    def keep(rows: list[tuple[Document, Scores]]) -> None:
+        kept.extend(document for document, _ in rows)
+
+    steps = read_apart(documents, hungry(50, loaded(shared_model()), seen), keep, tokens_per_batch=200, room=None)
     amounts = []
     while True:
         try:
@@ -218,7 +223,8 @@ def test_what_does_not_fit_in_memory() -> None:
             reading = ended.value
             break
     assert sum(amounts) == sum(len(one) for one in documents)
-    assert reading.documents == HEALTHY
+    assert reading.documents == len(HEALTHY)
+    assert {one.digest for one in kept} == {one.digest for one in HEALTHY}
     assert reading.quarantined.keys() == {long.digest}
     assert reading.quarantined[long.digest].startswith("out of memory: ")
     assert "you tried to allocate 1152921504606846976 bytes" in reading.quarantined[long.digest]
@@ -324,7 +330,7 @@ class Killed(BaseException):
 def test_a_part_with_a_quarantined_document_is_committed_like_any_other(
     made: Lab, read: list[list[bytes]], after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, parts = scorer.commit, []
+    plain, parts = part.commit, []
 
     def commit(folder: Any, manifest: Any, name: str) -> Any:
         if manifest.kind == "teacher-part":
@@ -334,10 +340,10 @@ def test_a_part_with_a_quarantined_document_is_committed_like_any_other(
         return plain(folder, manifest, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scorer, "commit", commit)
+        patch.setattr(part, "commit", commit)
         with pytest.raises(Killed):
             made.score()
-    tried = {digest for part in parts for digest in (*part.facts["digests"], *part.facts["quarantined"])}
+    tried = {digest for one in parts for digest in (*one.facts["digests"], *one.facts["quarantined"])}
     held = tried - NAMES
     read.clear()
     done = made.score()
