@@ -33,7 +33,20 @@ def _objective(run: Run) -> list[str]:
             f"objective.prompt_kl={rule.prompt_kl:g} needs the teacher on the prompt's tokens, and score.positions="
             f"{run.score.positions} leaves them out; set score.positions=all"
         )
-    return problems + _distribution(run, kind)
+    return problems + _budget(run, kind) + _distribution(run, kind)
+
+
+def _budget(run: Run, kind: str) -> list[str]:
+    if run.objective.drift_budget is None:
+        return []
+    problems = []
+    if not run.objective.needs_distribution:
+        problems.append(f"objective.drift_budget controls weights on divergences, and {kind} has none: take sft_kl, or set it to null")
+    if run.data.heldout is None or run.train.drift_every_steps is None:
+        problems.append(
+            "objective.drift_budget is controlled by drift that is measured on the way: give data.heldout and train.drift_every_steps"
+        )
+    return problems
 
 
 def _distribution(run: Run, kind: str) -> list[str]:

@@ -138,6 +138,10 @@ class ObjectiveRule(Section):
     """Hold the prompt, too: KL(q||p) on the tokens before and between what is supervised (SelfAug, arXiv 2509.03934). The mean over
     a document's prompt weighs this many times as much as the mean over its answer. Needs score.positions=all."""
 
+    drift_budget: Annotated[float, Field(gt=0)] | None = None
+    """How far the model may move on held-out text, in nats per token. All weights on divergences are then multiplied by a factor that
+    measured drift controls; the weights given here are where it starts. null: they stay as they are."""
+
     @property
     def needs_signals(self) -> bool:
         """True when `treat` reads the teacher's signals."""

@@ -27,7 +27,15 @@ def run_identity(run: Run, model: ModelFolder, *, corpus: dict[str, Any], teache
         "teacher": teacher if reads else None,
         "objective": run.objective.model_dump(mode="json"),
         "train": run.train.model_dump(mode="json", exclude=OPERATIONAL),
+        **_measured(run, corpus),
     }
+
+
+def _measured(run: Run, corpus: dict[str, Any]) -> dict[str, Any]:
+    """Under a drift budget, what is measured and when decides what is learned."""
+    if run.objective.drift_budget is None:
+        return {}
+    return {"heldout": corpus["heldout"], "drift_every_steps": run.train.drift_every_steps}
 
 
 def model_identity(run: Run, checkpoint: dict[str, Any]) -> dict[str, Any]:

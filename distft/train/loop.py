@@ -15,9 +15,10 @@ from distft.config.schema import Train
 from distft.engine.base import Engine
 from distft.engine.world import World
 from distft.errors import TrainingError
-from distft.progress import track
+from distft.progress import say, track
 from distft.stopping import Interrupted
 from distft.train.batches import Feed
+from distft.train.budget import DriftBudget
 from distft.train.checkpoint import Checkpoints
 from distft.train.drift import Drift
 from distft.train.metrics import MetricsLog, step_line
@@ -34,9 +35,10 @@ class Finished:
 
 def train(
     config: Train, *, engine: Engine, plan: StepPlan, feed: Feed, world: World, log: MetricsLog | None, checkpoints: Checkpoints,
-    first_step: int, drift: Callable[[], Drift] | None, label: str,
+    first_step: int, drift: Callable[[], Drift] | None, budget: DriftBudget | None = None, label: str,
 ) -> Finished:  # fmt: skip
-    """Runs steps first_step to plan.total_steps. `log` is the leading rank's; `drift` measures on all ranks."""
+    """Runs steps first_step to plan.total_steps. `log` is the leading rank's; `drift` measures on all ranks, and with a `budget` what
+    it finds decides how strongly the steps after it hold."""
     loss, drifted = float("nan"), None
     with (
         stopping.gracefully(),
@@ -50,11 +52,12 @@ def train(
             if step < plan.total_steps:
                 coming = reader.submit(feed.step, plan.documents(step + 1))  # reads while the model computes
             *totals, tokens, stop = world.total(*mine.counts, mine.tokens, stopping.requested())
-            micro_batches, normaliser = mine.normalised(totals)
+            micro_batches, normaliser = mine.normalised(totals, kl_factor=budget.factor if budget else 1.0)
             if stop:
                 _keep_and_stop(
-                    step - 1, engine, world, log, checkpoints, {"loss": loss, "drift": None, "total_steps": plan.total_steps}
-                )
+                    step - 1, engine, world, log, checkpoints,
+                    {"loss": loss, "drift": None, "total_steps": plan.total_steps, **_kept(budget)},
+                )  # fmt: skip
             if normaliser == 0:
                 raise TrainingError(
                     f"No token of step {step} has a weight: the objective masks all of its {tokens:.0f} tokens.",
@@ -75,6 +78,11 @@ def train(
             if drift and (last or _due(config.drift_every_steps, step)):
                 drifted = drift()
                 line |= {"drift": drifted.kl, "heldout_nll": drifted.nll}
+                if budget:
+                    line |= {"drift_budget": budget.budget, "kl_factor": budget.factor}
+                    budget.observe(drifted.kl)
+                    if budget.hopeless:
+                        _say_that_it_cannot_be_met(budget, step)
             if log:
                 log.add({**line, "epoch": plan.epoch(step)})
             if last or _due(config.checkpoint.every_steps, step):
@@ -82,11 +90,25 @@ def train(
                     checkpoints.owner.check()
                     log.flush()  # before the checkpoint: one whose steps are not in the log would leave a hole in it
                 if world.leads:
-                    facts = {"loss": loss, "drift": drifted.facts() if drifted else None, "total_steps": plan.total_steps}
+                    facts = {
+                        "loss": loss, "drift": drifted.facts() if drifted else None, "total_steps": plan.total_steps, **_kept(budget)
+                    }  # fmt: skip
                     checkpoints.save(step, engine, facts)
                 world.barrier()
             meter.advance(note=f"loss {loss:.3f}" + (f", drift {drifted.kl:.4f}" if drifted else ""))
     return Finished(steps=plan.total_steps, loss=loss, drift=drifted)
+
+
+def _kept(budget: DriftBudget | None) -> dict[str, object]:
+    return {"budget": budget.facts()} if budget else {}
+
+
+def _say_that_it_cannot_be_met(budget: DriftBudget, step: int) -> None:
+    say(
+        f"step {step}: drift is {budget.last:.3g} nats per token and objective.drift_budget {budget.budget:g}, although divergences "
+        f"weigh {budget.factor:,.0f} times what the run file gives them. Holding more strongly will not help: lower train.lr or "
+        "train.epochs, or allow more drift. Training goes on."
+    )
 
 
 def _keep_and_stop(

@@ -13,11 +13,13 @@ from distft.engine.load import load_model
 from distft.engine.local import LocalEngine
 from distft.engine.world import World, this_device
 from distft.errors import ConfigError, CorruptArtifactError
+from distft.progress import say
 from distft.store.location import Location
 from distft.store.model_folder import ModelFolder
 from distft.teacher.cache import TeacherCache
 from distft.train import identity
 from distft.train.batches import Feed
+from distft.train.budget import DriftBudget
 from distft.train.checkpoint import Checkpoints
 from distft.train.drift import Drift, check_own_teacher, measure_drift
 from distft.train.loop import train
@@ -72,12 +74,17 @@ def train_run(
         documents = corpus.documents("heldout")
         return measure_drift(engine.measure, documents, cache, world, tokens_per_batch=run.train.micro_batch_tokens)
 
+    allowed = run.objective.drift_budget
+    budget = None if allowed is None else DriftBudget.resumed(allowed, restored.facts.get("budget") if restored else None)
     finished = train(
         run.train, engine=engine, plan=plan, world=world, checkpoints=checkpoints, first_step=done + 1,
         feed=Feed(corpus, cache, run.objective, run.train, world, vocabulary=language_model.shape.rows),
         log=MetricsLog(folder, after_step=done) if world.leads else None,
-        drift=heldout_drift if "heldout" in corpus.splits else None, label=f"train {run.name}",
+        drift=heldout_drift if "heldout" in corpus.splits else None, budget=budget, label=f"train {run.name}",
     )  # fmt: skip
+    if budget is not None and not budget.kept:
+        say(f"The run ends with a drift of {budget.last:.3g} nats per token, above objective.drift_budget={budget.budget:g}. Lower "
+            "train.lr, or measure more often (train.drift_every_steps).")  # fmt: skip
     facts = {"loss": finished.loss, "drift": finished.drift.facts() if finished.drift else None}
     return _result(folder, finished.steps, done or None, facts)
 

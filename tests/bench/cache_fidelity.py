@@ -8,6 +8,10 @@ only the synthetic vocabulary is measured: 151,936 tokens, peaked as a large tea
 The gradient is that of KL(q||p) in the student's logits, per token and without any cut; its error is the root of the summed squares of
 what the policy's gradient lacks, over that of the whole gradient. Students are the teacher with noise on its logits (synthetic) or on
 its weights (real), near and far.
+
+`hidden` is measured on real text, in both dtypes, through the very code that scores and the copy of the head that a cache keeps. The
+whole distribution is that of transformers' own forward pass. In bfloat16 it is told from two: the bfloat16 teacher's, which is what is
+stored, and the float32 teacher's, which is what a bfloat16 teacher costs under any policy.
 """
 
 from __future__ import annotations
@@ -23,16 +27,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from distft.config.schema import Distribution, NoDistribution, Sample, Source, TopK
+from distft.config.schema import Distribution, Hidden, NoDistribution, Sample, Source, TopK
 from distft.corpus.render import render_source, token_rows
 from distft.engine.load import LanguageModel, load_model
 from distft.engine.pack import lay_out, pack
+from distft.engine.world import World
+from distft.objectives.distributions import DenseHead
 from distft.store.location import open_location
 from distft.store.model_folder import resolve_model
 from distft.store.shards import ShardWriter
 from distft.teacher.cache import sparse_rows
 from distft.teacher.encode import SCHEMA, RecordBatches, to_batch
-from distft.teacher.forward import _points, score_logits
+from distft.teacher.forward import _points, score_documents, score_logits
+from distft.teacher.head_copy import commit_head, dense_rows, read_head
 from distft.teacher.planes import stored_schema, to_planes
 from distft.teacher.scores import Scores
 
@@ -46,6 +53,25 @@ POLICIES: dict[str, Distribution] = {
     "none": NoDistribution(kind="none"),
 }
 TOKENS, ROWS = 1536, 48
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Hidden states as they are stored, the logits that the cache makes of them, and those that they stand for."""
+
+    scores: Scores
+    stored_CV: Tensor
+    truth_CV: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    teacher_CV: Tensor
+    labels_C: Tensor
+    students: list[Tensor]
+    """Logits."""
+    document: np.ndarray
+    hidden: dict[str, Dense]
 
 
 @dataclass
@@ -64,7 +90,7 @@ class Error:
     def __str__(self) -> str:
         if self.kept == 0:
             return f"{'-':>8}{'-':>9}"
-        return f"{(self.missing / self.whole) ** 0.5:>8.4f}{self.along / (self.whole * self.kept) ** 0.5:>9.5f}"
+        return f"{(self.missing / self.whole) ** 0.5:>8.2g}{self.along / (self.whole * self.kept) ** 0.5:>9.5f}"
 
 
 def stored_gradient(scores: Scores, p_CV: Tensor) -> Tensor:
@@ -79,12 +105,13 @@ def stored_gradient(scores: Scores, p_CV: Tensor) -> Tensor:
     return torch.where(inside_CV, p_CV - kept_CV, p_CV * (1 - rows.tail_N.double() / tail_C)[:, None])
 
 
-def measured(name: str, batches: Iterator[tuple[Tensor, Tensor, list[Tensor], np.ndarray]]) -> None:
-    """Prints a table from (teacher's logits, labels, students' logits, tokens of one document)."""
+def measured(name: str, batches: Iterator[Batch]) -> None:
+    """Prints a table."""
     found: dict[str, list[Scores]] = {policy: [] for policy in POLICIES}
     errors = {policy: (Error(), Error()) for policy in POLICIES}
     divergence, lost, tokens = [0.0, 0.0], dict.fromkeys(POLICIES, 0.0), 0
-    for teacher_CV, labels_C, students, document in batches:
+    for batch in batches:
+        teacher_CV, labels_C, students, document = batch.teacher_CV, batch.labels_C, batch.students, batch.document
         places = np.arange(1, len(labels_C) + 1, dtype=np.uint32)
         q_CV = teacher_CV.double().softmax(1)
         tokens += len(labels_C)
@@ -112,13 +139,20 @@ def measured(name: str, batches: Iterator[tuple[Tensor, Tensor, list[Tensor], np
             for at, student_CV in enumerate(students):
                 p_CV = student_CV.double().softmax(1)
                 errors[policy][at].add(p_CV - q_CV, stored_gradient(scores, p_CV))
+        for policy, dense in batch.hidden.items():
+            found.setdefault(policy, []).append(dense.scores)
+            truth_CV, stored_CV = (logits.double().log_softmax(1) for logits in (dense.truth_CV, dense.stored_CV))
+            lost[policy] = lost.get(policy, 0.0) + float((truth_CV.exp() * (truth_CV - stored_CV)).sum())
+            for at, student_CV in enumerate(students):
+                p_CV = student_CV.double().softmax(1)
+                errors.setdefault(policy, (Error(), Error()))[at].add(p_CV - truth_CV.exp(), p_CV - stored_CV.exp())
     print(
         f"\n{name}: {tokens:,} tokens; students at {divergence[0] / tokens:.3f} and {divergence[1] / tokens:.2f} nats per token\n"
         f"{'':<36}{'bytes':>7}{'entries':>9}{'KL lost':>9}   {'near: error, cosine':>17}   {'far: error, cosine':>17}"
     )
     for policy, scores in found.items():
         entries = sum(len(one.ids) for one in scores) / tokens
-        kl = f"{lost[policy] / tokens:>9.4f}" if isinstance(POLICIES[policy], TopK) else f"{'-':>9}"
+        kl = f"{'-':>9}" if isinstance(POLICIES.get(policy), Sample | NoDistribution) else f"{lost[policy] / tokens:>9.2g}"
         print(f"{policy:<36}{disk_bytes(scores) / tokens:>7.1f}{entries:>9.1f}{kl}   {errors[policy][0]}   {errors[policy][1]}")
 
 
@@ -136,7 +170,7 @@ def disk_bytes(scores: list[Scores]) -> int:
         return writer.entry.size
 
 
-def synthetic() -> Iterator[tuple[Tensor, Tensor, list[Tensor], np.ndarray]]:
+def synthetic() -> Iterator[Batch]:
     """Zipf's law behind a few likely tokens, in an order of each token's own. Half of the tokens are all but sure."""
     vocabulary, random = 151_936, torch.Generator().manual_seed(0)
     for number in range(TOKENS // ROWS):
@@ -146,15 +180,15 @@ def synthetic() -> Iterator[tuple[Tensor, Tensor, list[Tensor], np.ndarray]]:
         logits_CV += 0.5 * torch.randn(ROWS, vocabulary, generator=random)
         labels_C = torch.multinomial(logits_CV.softmax(1), 1, generator=random).squeeze(1)
         students = [logits_CV + noise * torch.randn(ROWS, vocabulary, generator=random) for noise in (0.2, 1.2)]
-        yield logits_CV, labels_C, students, np.arange(number, number + ROWS + 1).astype(np.uint32)
+        yield Batch(logits_CV, labels_C, students, np.arange(number, number + ROWS + 1).astype(np.uint32), {})
 
 
-def real(folder: str, data: str) -> Iterator[tuple[Tensor, Tensor, list[Tensor], np.ndarray]]:
+def real(folder: str, data: str) -> Iterator[Batch]:
     model = resolve_model(folder, None)
     rows = token_rows(model)
 
-    def loaded(noise: float) -> LanguageModel:
-        made = load_model(model, dtype="float32", attention="sdpa", head_rows=rows, device=torch.device("cpu"))
+    def loaded(noise: float, dtype: str = "float32") -> LanguageModel:
+        made = load_model(model, dtype=dtype, attention="sdpa", head_rows=rows, device=torch.device("cpu"))
         random = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in made.whole.parameters():
@@ -162,6 +196,8 @@ def real(folder: str, data: str) -> Iterator[tuple[Tensor, Tensor, list[Tensor],
         return made
 
     models, done = [loaded(noise) for noise in (0.0, 0.02, 0.12)], 0
+    half = loaded(0.0, "bfloat16")
+    head, half_head = kept_head(models[0]), kept_head(half)
     for document in render_source(Source(path=data, limit=200), model, max_tokens=512):
         packed, places = pack([document.tokens], lay_out([len(document.tokens)])), np.flatnonzero(document.supervised)
         labels_C = torch.from_numpy(document.tokens[places].astype(np.int64))
@@ -170,10 +206,35 @@ def real(folder: str, data: str) -> Iterator[tuple[Tensor, Tensor, list[Tensor],
                 one.shape.logits(one.hidden(packed)[torch.from_numpy(places - 1)], one.head.weight, one.head.bias)
                 for one in models
             ]
-        yield logits[0], labels_C, logits[1:], document.tokens
+            whole_CV, half_CV = (own_logits(one, document.tokens, places) for one in (models[0], half))
+            hidden = {
+                "hidden, float32 teacher": stored(models[0], head, document.tokens, places, whole_CV),
+                "hidden, bfloat16 teacher": stored(half, half_head, document.tokens, places, half_CV),
+                "  the same told from float32's": stored(half, half_head, document.tokens, places, whole_CV),
+            }
+        yield Batch(logits[0], labels_C, logits[1:], document.tokens, hidden)
         done += len(places)
         if done >= TOKENS:
             return
+
+
+def kept_head(model: LanguageModel) -> DenseHead:
+    """The head as a cache keeps it."""
+    with tempfile.TemporaryDirectory() as folder:
+        commit_head(open_location(folder), model, World())
+        size = sum(path.stat().st_size for path in (Path(folder) / "data").iterdir())
+        print(f"the head's file: {size:,} bytes in {str(model.weight.dtype).removeprefix('torch.')}")
+        return read_head(open_location(folder), Path(folder))
+
+
+def own_logits(model: LanguageModel, tokens: np.ndarray, places: np.ndarray) -> Tensor:
+    """By transformers' own forward pass, and nothing of ours."""
+    return model.whole(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0, places - 1, : model.shape.rows].float()
+
+
+def stored(model: LanguageModel, head: DenseHead, tokens: np.ndarray, places: np.ndarray, truth_CV: Tensor) -> Dense:
+    [scores] = score_documents(model, [tokens], [places.astype(np.uint32)], Hidden(kind="hidden"))
+    return Dense(scores, head.logprobs(dense_rows([scores], head).hidden_NT), truth_CV)
 
 
 @pytest.mark.bench

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from distft.config.schema import Distribution, NoDistribution, Sample, TopK
+from distft.config.schema import Distribution, Hidden, NoDistribution, Sample, TopK
 from distft.engine.load import LanguageModel, take_apart
 from distft.engine.pack import lay_out, pack
 from distft.objectives.loss import chunk_tokens
@@ -24,6 +24,7 @@ POLICIES: dict[str, Distribution] = {
     "top-128 above 1e-3 (default)": TopK(),
     "top-64, no floor": TopK(k=64, min_prob=0.0),
     "50 draws": Sample(kind="sample"),
+    "hidden states": Hidden(kind="hidden"),
 }
 
 

@@ -22,6 +22,7 @@ from distft.plan.tokens import TREATMENTS, Seen, TokenPlan, plan_tokens
 from distft.store.location import open_location
 from tests.helpers.browser import needs_chromium, visit
 from tests.helpers.runs import Bench
+from tests.helpers.s3 import BUCKET, s3_environment, set_s3_environment
 from tests.helpers.stores import document, run_config, shared_model
 
 EVIL = "</script><script>document.title='canary'</script><img src=x onerror=alert(1)>'\"&{{ 7*7 }}\x00\u202e"
@@ -238,6 +239,16 @@ def test_plan_writes_it_where_asked_and_nowhere_else(bench: Bench) -> None:
     assert bench.run("plan", f"--page={page}").json["page"] == str(page)
     assert "sft_kl kl=0.5" in page.read_text(encoding="utf-8")
     assert sorted(path for path in bench.store.rglob("*") if path.is_file()) == before
+
+
+def test_a_store_on_s3_is_looked_at_too(bench: Bench, s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_s3_environment(monkeypatch, s3_environment(s3_server))
+    store = f"store=s3://{BUCKET}/tokens"
+    for verb in ("tokenize", "score"):
+        bench.run(verb, store)
+    result = bench.run("plan", store, f"--page={tmp_path / 'page.html'}").json
+    assert result["tokens"]["documents"] > 0
+    assert len(Tokens(Path(result["page"]).read_text(encoding="utf-8")).tokens) > 100
 
 
 @needs_chromium

@@ -1,0 +1,67 @@
+"""The drift budget: how strongly the objective holds, controlled so that drift on held-out text stays within what the user allows.
+
+The weights on divergences are multiplied by a factor. After each measurement the factor moves, in logarithms, by how far drift is
+expected to lie from the budget a little later, and never by more than a step. Expecting matters: drift only grows at first, and a
+factor that waits until the budget is spent comes too late. A factor that was lowered while drift was small would do the same, so it
+never falls below the user's own weight divided by RELEASE.
+
+Pure arithmetic on measured numbers: a run that is taken up again goes on as if it had not stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+AHEAD = 3
+"""How many measurements ahead drift is expected to go on as it did between the last two."""
+GAIN = 0.9
+"""How much of the expected error, in logarithms, is answered at once."""
+STEP = math.log(2.5)
+"""The most that the factor's logarithm moves at one measurement."""
+RELEASE = 8.0
+MOST = 256.0
+"""The factor's bounds: 1/RELEASE of the user's weights, and MOST times them."""
+OVER = 1.2
+"""A budget counts as kept while drift is at most this much of it."""
+
+
+@dataclass(slots=True)
+class DriftBudget:
+    """What the controller knows. `factor` multiplies every weight on a divergence from the next step on."""
+
+    budget: float
+    """Nats per token."""
+    factor: float = 1.0
+    last: float = 0.0
+    """Drift as last measured; a student that has not moved has none."""
+    over: int = 0
+    """Consecutive measurements above the budget with the factor at its upper bound."""
+
+    @classmethod
+    def resumed(cls, budget: float, facts: dict[str, Any] | None) -> DriftBudget:
+        """As it was when `facts` were kept; a fresh one without."""
+        return cls(**{**facts, "budget": budget}) if facts else cls(budget)
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def observe(self, drift: float) -> None:
+        """Takes a measurement, and sets the factor for the steps until the next."""
+        expected = max(drift + AHEAD * (drift - self.last), drift / 2, 1e-3 * self.budget)
+        error = math.log(expected / self.budget)
+        wanted = math.log(self.factor) + max(-STEP, min(STEP, GAIN * error))
+        self.factor = max(1 / RELEASE, min(MOST, math.exp(wanted)))
+        self.over = self.over + 1 if drift > OVER * self.budget and self.factor >= MOST else 0
+        self.last = drift
+
+    @property
+    def kept(self) -> bool:
+        """Whether drift, as last measured, is within the budget and its tolerance."""
+        return self.last <= OVER * self.budget
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether holding as strongly as allowed has not helped for a while."""
+        return self.over == 3
