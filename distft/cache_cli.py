@@ -170,4 +170,5 @@ def _document(found: FoundCache, text: str) -> dict[str, Any]:
     from distft.teacher.rows import document_facts, find_row
 
     row = find_row(found.folder, text, _staging())
-    return {"cache": found.folder.url, "id": found.id, **document_facts(row, _documents(found).get(row.digest))}
+    document = _documents(found).get(row.digest)
+    return {"cache": found.folder.url, "id": found.id, **document_facts(row, document, found.identity["dtype"])}

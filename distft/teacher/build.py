@@ -23,6 +23,7 @@ from distft.store.location import Location
 from distft.store.manifest import Manifest, commit
 from distft.store.model_folder import ModelFolder
 from distft.teacher.coverage import Coverage, commit_coverage, places_of, read_coverage, survey, token_counts
+from distft.teacher.head_file import head_is_there
 from distft.teacher.identity import (
     IDENTITY,
     documents_key,
@@ -87,8 +88,10 @@ def build_teacher(run: Run, corpus: Corpus, model: ModelFolder, store: Location,
     folder = teacher_folder(store, identity)
     commit(folder, Manifest(kind="teacher", identity=identity, files=()), IDENTITY)
     wanted = places_of(corpus)
+    plan = ScorerPlan(run=run, model=model, folder=folder, corpus=corpus.folder, opened=corpus)
     covered = read_coverage(folder, wanted)
     if covered is not None:
+        _restore_head(plan, map_units)
         return Scored(folder=folder, coverage=covered, documents_scored=0, tokens_scored=0, tokens_per_second=None)
 
     parts = read_parts(folder)
@@ -98,7 +101,8 @@ def build_teacher(run: Run, corpus: Corpus, model: ModelFolder, store: Location,
     asked = wanted if run.score.limit is None else {d: wanted[d] for d in corpus.digests("train")[: run.score.limit]}
     missing = [digest for digest in asked if digest not in held]
     units = _fresh(units_of(corpus, asked, set(missing), part_tokens(run, model)), parts)
-    plan = ScorerPlan(run=run, model=model, folder=folder, corpus=corpus.folder, opened=corpus)
+    if not units:
+        _restore_head(plan, map_units)
     results, pace = _score(plan, units, map_units) if units else ([], None)
     return Scored(
         folder=folder,
@@ -117,6 +121,16 @@ def the_rest(scored: Scored, corpus: Corpus, positions: str) -> dict[str, Any]:
         "documents": len(missing), "tokens": tokens, "bytes": round(kept * scored.coverage.bytes_per_token),
         "hours": tokens / pace / 3600 if pace else None, "tokens_per_second": pace,
     }  # fmt: skip
+
+
+def _restore_head(plan: ScorerPlan, map_units: MapUnits) -> None:
+    """Where nothing is to be scored, and the copy of the head that hidden states need is gone: a scorer writes it when it is made. The
+    unit that it is given has its part, so that it reads nothing."""
+    if not isinstance(plan.run.score.distribution, Hidden) or head_is_there(plan.folder):
+        return
+    for name in plan.folder.child("parts").names()[:1]:
+        say("score: the copy of the teacher's head is not there; it is written again")
+        list(map_units(plan, [Unit(name=name.removesuffix(".json"), places=(), tokens=0)], lambda amount, note: None))
 
 
 class _Pace:

@@ -18,6 +18,7 @@ import yaml
 from distft.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError, UserInputError
 from distft.store.location import Location, open_location
 from distft.store.manifest import Manifest, parse_manifest, read_manifest
+from distft.teacher.head_file import head_bytes
 from distft.teacher.identity import FORMAT, IDENTITY, held_documents, is_whole, quarantined_documents, read_parts
 from distft.train.record import newest_checkpoint
 
@@ -116,7 +117,8 @@ def _entry(folder: Location, users: list[RunUse]) -> dict[str, Any]:
             "policy": {key: found.identity.get(key) for key in ("distribution", "positions")},
             "runs": [use.run for use in users if use.used(found.manifest)],
         }
-        entry |= figures(folder)
+        told = figures(folder)
+        entry |= told | {"bytes": told["bytes"] + told["head_bytes"]}
         if found.identity.get("format") != FORMAT:
             entry["problem"] = f"format {found.identity.get('format')!r}; this distft reads {FORMAT!r}"
     except (CorruptArtifactError, MissingArtifactError) as error:
@@ -125,7 +127,7 @@ def _entry(folder: Location, users: list[RunUse]) -> dict[str, Any]:
 
 
 def figures(folder: Location) -> dict[str, Any]:
-    """What a cache's committed parts add up to."""
+    """What a cache's committed parts add up to. `head_bytes` stand beside `bytes`: however many tokens there are, a head is one."""
     parts, rooms = read_parts(folder), folder.child("coverage")
     coverage = [read_manifest(rooms, name) for name in rooms.names()]
     size, scored = sum(entry.size for part in parts for entry in part.files), sum(part.facts["scored_tokens"] for part in parts)
@@ -137,6 +139,7 @@ def figures(folder: Location) -> dict[str, Any]:
         "entries": sum(part.facts["entries"] for part in parts),
         "bytes": size,
         "bytes_per_token": size / max(1, scored),
+        "head_bytes": head_bytes(folder),
         "parts": len(parts),
         "corpora_covered": sum(stated is not None and is_whole(stated) for stated in coverage),
     }

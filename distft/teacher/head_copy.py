@@ -1,13 +1,12 @@
 """The copy of the teacher's output head that a cache of hidden states carries: with it, a hidden state is a whole distribution.
 
-`teacher/<id>/HEAD.json` names one safetensors file. It is committed before the first part, so that no part is without it.
+`teacher/head_file.py` says where it lies. It is committed before the first part, so that no part is without it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -18,18 +17,16 @@ from distft.engine.load import DTYPES, LanguageModel
 from distft.engine.world import World
 from distft.errors import CorruptArtifactError, MissingArtifactError
 from distft.objectives.distributions import DenseHead, DenseRows, LogitShape
-from distft.store.digest import file_sha256
-from distft.store.local import explained
 from distft.store.location import Location
-from distft.store.manifest import FileEntry, Manifest, commit, fetch, read_manifest
+from distft.store.manifest import Manifest, commit, fetch
+from distft.store.put import put_file
+from distft.teacher.head_file import CURE, HEAD, KIND, file_is_there, head_is_there, read_head_manifest
 from distft.teacher.scores import Scores
-
-HEAD = "HEAD.json"
 
 
 def commit_head(folder: Location, teacher: LanguageModel, group: World) -> None:
     """Writes the copy, unless it is there. All ranks that hold the teacher together call this at once; the leading one writes."""
-    [there] = group.total(group.leads and folder.exists(HEAD))
+    [there] = group.total(group.leads and head_is_there(folder))
     if there:
         return
     weight_VT = torch.cat(group.gather(teacher.weight[: teacher.shape.rows].detach()))
@@ -42,31 +39,32 @@ def _write(folder: Location, weight_VT: Tensor, bias_V: Tensor | None, shape: Lo
     from safetensors.torch import save_file
 
     tensors = {"weight": weight_VT.contiguous(), **({} if bias_V is None else {"bias": bias_V.contiguous()})}
-    name = f"data/head-{uuid4().hex}.safetensors"
-    path = folder.scratch(name)
-    try:
-        with explained("write", path):
-            save_file(tensors, path)
-            entry = FileEntry(name=name, size=path.stat().st_size, sha256=file_sha256(path))
-        folder.upload(name, path)
-    finally:
-        path.unlink(missing_ok=True)
+    entry = put_file(folder, "head", "safetensors", lambda path: save_file(tensors, path))
     facts = {"scale": shape.scale, "softcap": shape.softcap}
-    identity = {"teacher": folder.url.rsplit("/", 1)[-1]}
-    committed = commit(folder, Manifest(kind="teacher-head", identity=identity, files=(entry,), facts=facts), HEAD)
-    if committed.files[0].name != name:  # another writer was first
-        folder.delete(name)
+    ours = Manifest(kind=KIND, identity={"teacher": folder.url.rsplit("/", 1)[-1]}, files=(entry,), facts=facts)
+    theirs = commit(folder, ours, HEAD)
+    if theirs.files == ours.files:
+        return
+    if file_is_there(folder, theirs):  # another writer was first
+        folder.delete(entry.name)
+    else:  # somebody removed the file, and the same teacher makes the same one
+        folder.replace(HEAD, ours.to_json())
 
 
 def read_head(folder: Location, staging: Path) -> DenseHead:
     """The copy, whose bytes are checked before they are parsed."""
     from safetensors.torch import load_file
 
-    manifest = read_manifest(folder, HEAD)
+    manifest = read_head_manifest(folder)
     if manifest is None:
-        raise MissingArtifactError("The cache has hidden states and no copy of the teacher's head.", where=folder.url,
-                                   help="Run `distft score` with this config.")  # fmt: skip
-    tensors = load_file(fetch(folder, manifest.files[0], staging))
+        raise MissingArtifactError("The cache has hidden states and no copy of the teacher's head.", where=folder.url, help=CURE)
+    try:
+        path = fetch(folder, manifest.files[0], staging)
+    except CorruptArtifactError as error:
+        raise CorruptArtifactError(
+            f"The copy of the teacher's head is damaged. {error.problem}", where=folder.url, help=CURE
+        ) from error  # fmt: skip
+    tensors = load_file(path)
     weight_VT: Tensor = tensors["weight"]
     facts: dict[str, Any] = manifest.facts
     shape = LogitShape(rows=len(weight_VT), scale=facts["scale"], softcap=facts["softcap"])

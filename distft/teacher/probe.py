@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from distft.config.schema import Score, TopK
+from distft.config.schema import Hidden, Score, TopK
 from distft.corpus.reader import Document
 from distft.corpus.render import token_rows
 from distft.engine.load import LanguageModel, load_model
@@ -23,17 +24,22 @@ from distft.engine.memory import enough_memory
 from distft.engine.pack import batches_by_tokens
 from distft.engine.world import this_device
 from distft.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
+from distft.objectives.distributions import DenseHead
+from distft.objectives.loss import chunk_tokens
 from distft.progress import track
 from distft.store.manifest import describe, differences
 from distft.store.model_folder import ModelFolder
 from distft.teacher.catalogue import FoundCache
 from distft.teacher.forward import score_documents
-from distft.teacher.scores import Scores
+from distft.teacher.head_copy import dense_rows, read_head
 from distft.teacher.identity import read_parts, scored_positions
 from distft.teacher.rows import Documents, Row, rows
+from distft.teacher.scores import Scores
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Nats between two passes of one model: other batch shapes, another device. A shift by one token gives several."""
+HIDDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""The same between hidden states: the length of their difference over that of the live one."""
 HALF_STEP = 2.0**-11
 """Relative rounding of a float16 log-probability."""
 TOKENS_PER_BATCH = 4096
@@ -56,6 +62,12 @@ class Agreement:
     same_rank: int = 0
     choice_off: int = 0
     rank_off: int = 0
+    hidden_tolerance: float | None = None
+    """None where no hidden states are stored."""
+    hidden_gap: float = 0.0
+    kl: float = 0.0
+    """The sum over tokens of KL(stored || live) over the whole vocabulary."""
+    largest_kl: float = 0.0
 
     def add(self, stored: Scores, live: Scores, *, bound_N: npt.NDArray[np.float64], kept: bool) -> None:
         """One document. `live` keeps more than was stored; what it leaves out is at most `bound_N` per token. `kept`: whether the
@@ -74,6 +86,12 @@ class Agreement:
             if kept and stored.counts[token]:
                 mine = slice(stored_ends[token] - stored.counts[token], stored_ends[token])
                 self._kept(stored.ids[mine], stored.logprobs[mine].astype(np.float64), ids, logprobs, float(bound))
+
+    def add_hidden(self, gap_N: npt.NDArray[np.float64], kl_N: npt.NDArray[np.float64]) -> None:
+        """The hidden states of a document's tokens: by how much of their length they differ, and what that is in distributions."""
+        self.hidden_gap = _larger(self.hidden_gap, _largest(gap_N))
+        self.largest_kl = _larger(self.largest_kl, _largest(kl_N))
+        self.kl += float(kl_N.sum())
 
     def _rank(self, rank: int, label: float, logprobs: npt.NDArray[np.float64], bound: float) -> None:
         """A rank may be any between the number of tokens that are surely likelier than the label and those that may be."""
@@ -103,16 +121,20 @@ class Agreement:
     @property
     def holds(self) -> bool:
         """NaN holds nothing."""
-        gaps = (self.label_gap, self.entropy_gap, self.kept_gap)
-        return all(gap <= self.tolerance for gap in gaps) and not self.choice_off and not self.rank_off
+        gaps = (self.label_gap, self.entropy_gap, self.kept_gap, self.largest_kl)
+        alike = self.hidden_tolerance is None or self.hidden_gap <= self.hidden_tolerance
+        return all(gap <= self.tolerance for gap in gaps) and alike and not self.choice_off and not self.rank_off
 
     def facts(self) -> dict[str, Any]:
+        hidden = self.hidden_tolerance is not None
         return {
             "documents": self.documents, "tokens": self.tokens, "tolerance": self.tolerance, "max_label_gap": self.label_gap,
             "max_entropy_gap": self.entropy_gap, "max_kept_gap": self.kept_gap if self.choices else None,
             "argmax_agreement": self.same_choice / self.choices if self.choices else None,
             "rank_agreement": self.same_rank / max(1, self.tokens),
             "argmax_beyond_tolerance": self.choice_off, "rank_beyond_tolerance": self.rank_off,
+            "hidden_tolerance": self.hidden_tolerance, "max_hidden_gap": self.hidden_gap if hidden else None,
+            "max_kl": self.largest_kl if hidden else None, "mean_kl": self.kl / max(1, self.tokens) if hidden else None,
         }  # fmt: skip
 
 
@@ -123,12 +145,14 @@ def probe_cache(cache: FoundCache, documents: Documents, model: ModelFolder, *, 
     dtype, score = cache.identity["dtype"], Score.model_validate(
         {"distribution": cache.identity["distribution"], "positions": cache.identity["positions"]}
     )  # fmt: skip
-    found = Agreement(tolerance=TOLERANCE[dtype])
+    hidden = isinstance(score.distribution, Hidden)
+    found = Agreement(tolerance=TOLERANCE[dtype], hidden_tolerance=HIDDEN_TOLERANCE[dtype] if hidden else None)
+    head = read_head(cache.folder, staging) if hidden else None
     with enough_memory("Probe fewer documents, or on the device that scored."):
         teacher = load_model(model, dtype=dtype, attention="sdpa", head_rows=token_rows(model), device=this_device())
         with track("probe", sum(len(document) for _, document in chosen), "tokens") as meter:
             for batch in batches_by_tokens([len(document) for _, document in chosen], TOKENS_PER_BATCH):
-                _compare(found, teacher, [chosen[index] for index in batch], score)
+                _compare(found, teacher, [chosen[index] for index in batch], score, head)
                 meter.advance(sum(len(chosen[index][1]) for index in batch))
     facts = found.facts()
     if not found.holds:
@@ -173,8 +197,11 @@ def _chosen(cache: FoundCache, documents: Documents, count: int, staging: Path) 
                 yield row, document
 
 
-def _compare(found: Agreement, teacher: LanguageModel, chosen: list[tuple[Row, Document]], score: Score) -> None:
-    """The live teacher keeps twice as much, so that what rounding moved over the policy's edge can still be compared."""
+def _compare(
+    found: Agreement, teacher: LanguageModel, chosen: list[tuple[Row, Document]], score: Score, head: DenseHead | None
+) -> None:  # fmt: skip
+    """`head` is the stored one, where there are hidden states. The live teacher keeps twice as much, so that what rounding moved over
+    the policy's edge can still be compared."""
     policy = score.distribution
     sparse = policy if isinstance(policy, TopK) else TopK()
     wider = TopK(k=min(65_535, 2 * sparse.k), min_prob=sparse.min_prob / 2)
@@ -185,6 +212,29 @@ def _compare(found: Agreement, teacher: LanguageModel, chosen: list[tuple[Row, D
             found.label_gap = math.inf  # not even about the same tokens
             continue
         found.add(row.scores, now, bound_N=_bound(now, wider), kept=isinstance(policy, TopK))
+    if head is not None:
+        now_hidden = score_documents(teacher, [document.tokens for _, document in chosen], places, policy)
+        for (row, _), place, now in zip(chosen, places, now_hidden, strict=True):
+            if np.array_equal(row.scores.positions, place):
+                found.add_hidden(*_hidden_gaps(row.scores, head, now, teacher))
+
+
+@torch.no_grad()
+def _hidden_gaps(
+    stored: Scores, head: DenseHead, live: Scores, teacher: LanguageModel
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Per token the relative distance of two hidden states, and KL(stored || live), each through its own head: the copy's, and the
+    one that the teacher has."""
+    device, live_head = teacher.device, DenseHead(teacher.weight, teacher.bias, teacher.shape)
+    ours, theirs = dense_rows([stored], head).to(device), dense_rows([live], live_head)
+    gaps, kls = [], []
+    for start in range(0, len(live), size := chunk_tokens(teacher.shape.rows)):
+        stored_CT, live_CT = ours.hidden_NT[start : start + size], theirs.hidden_NT[start : start + size].to(device)
+        lengths_C = live_CT.double().norm(dim=1)
+        gaps.append((stored_CT.double() - live_CT.double()).norm(dim=1) / lengths_C.clamp_min(torch.finfo(torch.float64).tiny))
+        log_q_CV = ours.head.logprobs(stored_CT)
+        kls.append((log_q_CV.double().exp() * (log_q_CV - live_head.logprobs(live_CT)).double()).sum(1))
+    return torch.cat(gaps).cpu().numpy(), torch.cat(kls).cpu().numpy()
 
 
 def _bound(live: Scores, policy: TopK) -> npt.NDArray[np.float64]:
@@ -202,7 +252,7 @@ def _larger(one: float, other: float) -> float:
     return float(np.maximum(one, other))
 
 
-def _largest(values: npt.NDArray[np.float32]) -> float:
+def _largest(values: npt.NDArray[np.floating[Any]]) -> float:
     """The largest absolute value; NaN where one is."""
     return float(np.abs(values.astype(np.float64)).max(initial=0.0))
 
@@ -210,7 +260,13 @@ def _largest(values: npt.NDArray[np.float32]) -> float:
 def _told(facts: dict[str, Any]) -> str:
     agreement = "not kept" if facts["argmax_agreement"] is None else f"{facts['argmax_agreement']:.1%}"
     kept = "not kept" if facts["max_kept_gap"] is None else f"{facts['max_kept_gap']:.3g}"
+    hidden = ""
+    if facts["max_hidden_gap"] is not None:
+        hidden = (
+            f"; hidden states differ by up to {facts['max_hidden_gap']:.3g} of their length, where {facts['hidden_tolerance']:g} is"
+            f" rounding, and their distributions by up to {facts['max_kl']:.3g} nats"
+        )
     return (
         f"max |dlogp| of the label {facts['max_label_gap']:.3g}, of the kept {kept}, of the entropy {facts['max_entropy_gap']:.3g};"
-        f" argmax agreement {agreement}, rank agreement {facts['rank_agreement']:.1%}"
+        f" argmax agreement {agreement}, rank agreement {facts['rank_agreement']:.1%}{hidden}"
     )

@@ -18,6 +18,7 @@ from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest, fetch
 from distft.store.shards import read_batches
 from distft.teacher.encode import SCHEMA, PlainShard
+from distft.teacher.head_file import WORDS
 from distft.teacher.identity import quarantined_documents, read_parts
 from distft.teacher.planes import from_planes
 from distft.teacher.scores import Scores
@@ -101,9 +102,10 @@ class Documents:
         return None if place is None else place[0].document(*place[1:])
 
 
-def document_facts(row: Row, document: Document | None) -> dict[str, Any]:
+def document_facts(row: Row, document: Document | None, dtype: str) -> dict[str, Any]:
     """One document whole, as `--json` prints it: lists over the scored tokens, `ids` and `logprobs` a list per token. `tokens` are
-    the ids of all its tokens, and null when no corpus has them. Kept log-probabilities are as stored, to float16."""
+    the ids of all its tokens, and null when no corpus has them. Kept log-probabilities are as stored, to float16. Hidden states, in
+    the teacher's `dtype`, are told by their width alone: kilobytes a token, which say nothing without the head."""
     scores = row.scores
     cuts = np.cumsum(scores.counts, dtype=np.int64)[:-1]
     return {
@@ -113,4 +115,5 @@ def document_facts(row: Row, document: Document | None) -> dict[str, Any]:
         **{name: getattr(scores, name).tolist() for name in ("positions", "label_logprob", "entropy", "rank", "tail")},
         "ids": [ids.tolist() for ids in np.split(scores.ids, cuts)],
         "logprobs": [logprobs.tolist() for logprobs in np.split(scores.logprobs, cuts)],
+        "hidden_width": scores.words.shape[1] // WORDS[dtype] if len(scores.hidden) else None,
     }

@@ -14,7 +14,9 @@ import numpy.typing as npt
 from distft.errors import MissingArtifactError
 from distft.progress import track
 from distft.store.location import Location
-from distft.teacher.identity import quarantined_documents, read_parts
+from distft.store.manifest import read_manifest
+from distft.teacher.head_file import WORDS, head_bytes
+from distft.teacher.identity import IDENTITY, quarantined_documents, read_parts
 from distft.teacher.rows import rows
 from distft.teacher.scores import Scores
 
@@ -34,6 +36,8 @@ class Statistics:
     tokens: int = 0
     scored: int = 0
     entries: int = 0
+    words: int = 0
+    """Of hidden states, 16 bits each."""
     above: int = 0
     first_choice: int = 0
     nll: float = 0.0
@@ -50,6 +54,7 @@ class Statistics:
         self.tokens += tokens
         self.scored += len(scores.positions)
         self.entries += len(scores.ids)
+        self.words += len(scores.hidden)
         self.above += int((scores.label_logprob < -math.log(self.tau)).sum())
         self.first_choice += int((scores.rank == 0).sum())
         self.nll -= float(scores.label_logprob.sum(dtype=np.float64))
@@ -83,8 +88,9 @@ class Statistics:
 
 
 def cache_statistics(folder: Location, staging: Path, *, tau: float) -> dict[str, Any]:
-    """Of every document of the committed parts, once. `bytes` are those of the files, also of rows that are there twice;
-    `quarantined` are the documents that the teacher could not read, and why."""
+    """Of every document of the committed parts, once. `bytes` are those of the files, also of rows that are there twice, and of the
+    teacher's head where hidden states are kept, which is no token's; `quarantined` are the documents that the teacher could not read,
+    and why."""
     parts = read_parts(folder)
     entries = {entry.name: entry for part in parts for entry in part.files}
     size = sum(entry.size for entry in entries.values())
@@ -99,10 +105,12 @@ def cache_statistics(folder: Location, staging: Path, *, tau: float) -> dict[str
                     seen.add(row.digest)
                     found.add(row.tokens, row.scores)
             meter.advance(entry.size)
+    manifest, head = read_manifest(folder, IDENTITY), head_bytes(folder)
+    width = found.words // max(1, found.scored) // WORDS[manifest.identity["dtype"]] if manifest and found.words else None
     stored = sum(part.facts["scored_tokens"] for part in parts)
     return {
-        **found.facts(), "bytes": size, "bytes_per_token": size / max(1, stored), "document_ids": sorted(seen)[:100],
-        "quarantined": quarantined_documents(parts),
+        **found.facts(), "hidden_width": width, "bytes": size + head, "head_bytes": head, "bytes_per_token": size / max(1, stored),
+        "document_ids": sorted(seen)[:100], "quarantined": quarantined_documents(parts),
     }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def statistics_text(result: dict[str, Any]) -> str:
         ("documents", f"{result['documents']:,}", "mass kept, mean", f"{kept['mean']:.2%}"),
         ("tokens", f"{result['tokens']:,}", "mass kept, 95 % of tokens", f">= {kept['p5']:.2%}"),
         ("scored tokens", f"{result['scored_tokens']:,}", "the label is the first choice", f"{result['first_choice_share']:.1%}"),
-        ("entries a token", f"{result['entries_per_token']:.1f}", f"perplexity above {result['tau']:g}",
+        (*_kept(result), f"perplexity above {result['tau']:g}",
          f"{result['share_above_tau']:.1%}"),
         ("bytes", size(result["bytes"]), "mean NLL of the label, nats", f"{result['mean_nll']:.3f}"),
         ("bytes a token", f"{result['bytes_per_token']:.0f}", "mean entropy, nats", f"{result['mean_entropy']:.3f}"),
@@ -57,6 +57,13 @@ def statistics_text(result: dict[str, Any]) -> str:
     for name, title in (("perplexity", "perplexity of the label"), ("entropy", "entropy, nats")):
         lines += ["", f"{title:<18}{'tokens':>14}   share", *_histogram(result[name])]
     return "\n".join(lines)
+
+
+def _kept(result: dict[str, Any]) -> tuple[str, str]:
+    """What there is of a token's distribution."""
+    if result["hidden_width"] is None:
+        return "entries a token", f"{result['entries_per_token']:.1f}"
+    return "kept a token", f"hidden {result['hidden_width']:,}"
 
 
 def _histogram(histogram: dict[str, Any]) -> list[str]:
@@ -85,10 +92,10 @@ def document_text(result: dict[str, Any]) -> str:
         f"{'position':>8} {'token':>8} {'log q':>9} {'perplexity':>11} {'entropy':>8} {'rank':>7} {'kept':>6} {'tail':>9}"
     )
     for n, position in enumerate(result["positions"][:LINES]):
-        label = result["label_logprob"][n]
+        label, kept = result["label_logprob"][n], "all" if result["hidden_width"] else len(result["ids"][n])
         lines.append(
             f"{position:>8} {'-' if tokens is None else tokens[position]:>8} {label:>9.3f} {math.exp(min(700.0, -label)):>11.4g} "
-            f"{result['entropy'][n]:>8.3f} {result['rank'][n]:>7,} {len(result['ids'][n]):>6} {result['tail'][n]:>9.2e}"
+            f"{result['entropy'][n]:>8.3f} {result['rank'][n]:>7,} {kept:>6} {result['tail'][n]:>9.2e}"
         )
     if len(result["positions"]) > LINES:
         lines.append(f"and {len(result['positions']) - LINES:,} more; --json prints all")
@@ -119,6 +126,12 @@ def verify_text(result: dict[str, Any]) -> str:
             ("argmax agreement", probe["argmax_agreement"], f"{probe['argmax_beyond_tolerance']} beyond what rounding explains"),
             ("rank agreement", probe["rank_agreement"], f"{probe['rank_beyond_tolerance']} beyond what rounding explains"),
         ]
+        if probe["max_hidden_gap"] is not None:
+            rows += [
+                ("max |dh| of hidden states", probe["max_hidden_gap"], f"at most {probe['hidden_tolerance']:g} of their length"),
+                ("max KL(stored || live)", probe["max_kl"], f"at most {probe['tolerance']:g} nats, whole vocabulary"),
+                ("mean KL(stored || live)", probe["mean_kl"], "nats a token"),
+            ]
         lines += [f"  {name:<27}{_figure(name, value):>10}   {note}" for name, value, note in rows]
     return "\n".join(lines)
 
@@ -167,6 +180,8 @@ def policy(identity: dict[str, Any]) -> str:
     """What is kept of each token, in a few words."""
     kept = identity["distribution"]
     details = ", ".join(f"{key} {value:g}" for key, value in kept.items() if key != "kind")
+    if kept["kind"] == "hidden":
+        return f"hidden states and the teacher's head, {identity['positions']}"
     return f"{kept['kind']} ({details}), {identity['positions']}" if details else f"signals only, {identity['positions']}"
 
 

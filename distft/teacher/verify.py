@@ -19,8 +19,9 @@ from distft.errors import CorruptArtifactError
 from distft.progress import Meter, track
 from distft.store.local import explained
 from distft.store.location import Location
-from distft.store.manifest import FileEntry, Manifest, read_manifest
+from distft.store.manifest import FileEntry, Manifest, fetch, read_manifest
 from distft.teacher.catalogue import FoundCache
+from distft.teacher.head_file import EXPONENT, HEAD, WORDS, HeadForm, head_form, keeps_hidden, read_head_manifest
 from distft.teacher.identity import documents_key, held_documents, is_whole, quarantined_documents, scored_positions
 from distft.teacher.rows import Documents, Row, rows
 from distft.teacher.scores import Scores
@@ -29,6 +30,11 @@ MASS_SLACK = 1e-2
 """By how much float16 log-probabilities and the tail may miss 1 together."""
 SLACK = 1e-3
 """What float32 sums over a vocabulary may put above the bounds of a log-probability, an entropy or a tail."""
+PARTS_CURE = (
+    "Without one, remove each damaged part's file in parts/ and all files in coverage/: `distft score` then reads those documents"
+    " again, and no others."
+)
+HEAD_CURE = f"The teacher's head needs no copy: remove {HEAD}, and `distft score` writes it again."
 TOLD = 20
 PER_FILE = 3
 
@@ -46,21 +52,24 @@ def verify_cache(cache: FoundCache, documents: Documents, staging: Path) -> dict
         if manifest.identity.get("teacher") != cache.id:
             problems.append(f"{name}: it belongs to cache {manifest.identity.get('teacher')}, not {cache.id}")
     compared, figures = 0, Counter[str]()
-    total = sum(entry.size for part in parts.values() for entry in part.files)
+    head = _head_manifest(cache, parts, problems)
+    total = sum(entry.size for one in (*parts.values(), *([head] if head else [])) for entry in one.files)
     with explained("write", staging):
         staging.mkdir(parents=True, exist_ok=True)
         fresh = tempfile.TemporaryDirectory(dir=staging)
     with track("verify", total, "bytes") as meter, fresh as scratch:
+        form = _verify_head(cache, head, Path(scratch), problems, figures, meter) if head else None
         for name, part in parts.items():
-            compared += _verify_part(cache, name, part, documents, Path(scratch), problems, figures, meter)
+            compared += _verify_part(cache, name, part, form, documents, Path(scratch), problems, figures, meter)
     _verify_coverage(coverage, parts, documents, problems)
     if problems:
         noun = "problem" if len(problems) == 1 else "problems"
         told = problems[:TOLD] + ([f"and {len(problems) - TOLD} more"] if len(problems) > TOLD else [])
+        cures = [PARTS_CURE] if any(not problem.startswith(HEAD) for problem in problems) else []
+        cures += [HEAD_CURE] if any(problem.startswith(HEAD) for problem in problems) else []
         raise CorruptArtifactError(
             "\n".join([f"{len(problems)} {noun} in this cache:", *(f"  {line}" for line in told)]), where=cache.folder.url,
-            help="Restore the files that are named from a copy. Without one, remove each damaged part's file in parts/ and all files"
-            " in coverage/: `distft score` then reads those documents again, and no others.",
+            help=" ".join(["Restore the files that are named from a copy.", *cures]),
         )  # fmt: skip
     return {
         "cache": cache.folder.url, "id": cache.id, "files": figures["files"], "bytes": figures["bytes"], "parts": len(parts),
@@ -88,9 +97,45 @@ def _manifests(folder: Location, problems: list[str]) -> dict[str, Manifest]:
     return found
 
 
+def _head_manifest(cache: FoundCache, parts: dict[str, Manifest], problems: list[str]) -> Manifest | None:
+    """The manifest of the head's copy, where hidden states need one, and a problem where it is not as it should be."""
+    if not keeps_hidden(cache.identity):
+        problems += [f"{HEAD}: it is there, and this cache keeps no hidden states"] if cache.folder.exists(HEAD) else []
+        return None
+    try:
+        head = read_head_manifest(cache.folder)
+    except CorruptArtifactError as error:
+        problems.append(f"{HEAD}: {error.problem}")
+        return None
+    if head is None:
+        problems += [f"{HEAD}: missing, and without it {len(parts)} parts have no distributions"] if parts else []
+    elif head.identity.get("teacher") != cache.id:
+        problems.append(f"{HEAD}: it belongs to cache {head.identity.get('teacher')}, not {cache.id}")
+    return head
+
+
+def _verify_head(
+    cache: FoundCache, head: Manifest, staging: Path, problems: list[str], figures: Counter[str], meter: Meter
+) -> HeadForm | None:
+    """The form of the head, once its bytes are those of its manifest."""
+    [entry] = head.files
+    figures.update(files=1, bytes=entry.size)
+    meter.advance(entry.size)
+    form = None
+    try:
+        form = head_form(fetch(cache.folder, entry, staging / "head"))
+    except CorruptArtifactError as error:
+        problems.append(f"{HEAD}: {error.problem if entry.name in error.problem else f'{entry.name}: {error.problem}'}")
+    except ValueError as error:
+        problems.append(f"{HEAD}: {entry.name} is no output head: {error}")
+    if form is not None and form.dtype != cache.identity["dtype"]:
+        problems.append(f"{HEAD}: the head is {form.dtype}, and the teacher was {cache.identity['dtype']}")
+    return form
+
+
 def _verify_part(
-    cache: FoundCache, name: str, part: Manifest, documents: Documents, staging: Path, problems: list[str], figures: Counter[str],
-    meter: Meter,
+    cache: FoundCache, name: str, part: Manifest, form: HeadForm | None, documents: Documents, staging: Path, problems: list[str],
+    figures: Counter[str], meter: Meter,
 ) -> int:  # fmt: skip
     """Adds what is wrong with one part, and returns how many of its documents were compared with a corpus."""
     wrong: list[str] = []
@@ -103,7 +148,7 @@ def _verify_part(
                 compared += document is not None
                 digests.append(row.digest)
                 counts.update(tokens=row.tokens, scored_tokens=len(row.scores.positions), entries=len(row.scores.ids))
-                wrong += [f"document {row.digest}: {problem}" for problem in row_problems(row, document, cache.identity)]
+                wrong += [f"document {row.digest}: {problem}" for problem in row_problems(row, document, cache.identity, form)]
         except CorruptArtifactError as error:
             wrong.append(error.problem if entry.name in error.problem else f"{entry.name}: {error.problem}")
         finally:
@@ -137,9 +182,12 @@ def _part_problems(part: Manifest, digests: list[str], counts: Counter[str]) -> 
     ]
 
 
-def row_problems(row: Row, document: Document | None, identity: dict[str, Any]) -> list[str]:
-    """What cannot be true of a row: alone, and beside the document that it is about."""
-    scores = row.scores
+def row_problems(
+    row: Row, document: Document | None, identity: dict[str, Any], form: HeadForm | None = None
+) -> list[str]:  # fmt: skip
+    """What cannot be true of a row: alone, and beside the document that it is about. `form` is that of the head that hidden states
+    belong to, where it is known."""
+    scores, hidden = row.scores, keeps_hidden(identity)
     positions_N = scores.positions.astype(np.int64)
     tokens_M = np.repeat(np.arange(len(positions_N)), scores.counts)
     logprobs_M = scores.logprobs.astype(np.float64)
@@ -153,10 +201,27 @@ def row_problems(row: Row, document: Document | None, identity: dict[str, Any]) 
         "a tail is not a probability": _within(scores.tail, low=-SLACK, high=1 + SLACK),
         "ids do not ascend within a token": bool((np.diff(scores.ids.astype(np.int64)) > 0)[same_token_M].all()),
         "a kept log-probability is above 0 or not a number": bool((logprobs_M <= SLACK).all()),
-        "kept probabilities and tail do not sum to 1": _within(mass_N, low=1 - MASS_SLACK, high=1 + MASS_SLACK),
+        "kept probabilities and tail do not sum to 1": hidden or _within(mass_N, low=1 - MASS_SLACK, high=1 + MASS_SLACK),
     }  # fmt: skip
+    if hidden:
+        tests |= _hidden_tests(scores, identity["dtype"], form)
+    else:
+        tests["there are hidden states, which its policy does not keep"] = not len(scores.hidden)
     wrong = [problem for problem, holds in tests.items() if not holds]
     return wrong if wrong or document is None else _document_problems(row, document, identity)
+
+
+def _hidden_tests(scores: Scores, dtype: str, form: HeadForm | None) -> dict[str, bool]:
+    """Of a row with hidden states, which has nothing else of a distribution. The head's width is the states', or else any width."""
+    each = len(scores.hidden) // max(1, len(scores))
+    wanted = each if form is None else form.width * WORDS[dtype]
+    last_words = scores.hidden[WORDS[dtype] - 1 :: WORDS[dtype]] & EXPONENT
+    return {
+        "a hidden state is not as wide as the teacher's head": bool(wanted or not len(scores))
+        and len(scores.hidden) == len(scores) * wanted and wanted % WORDS[dtype] == 0,
+        "a hidden state is not finite": bool((last_words != EXPONENT).all()),
+        "there are kept entries or a tail beside hidden states": not scores.counts.any() and not scores.tail.any(),
+    }  # fmt: skip
 
 
 def _document_problems(row: Row, document: Document, identity: dict[str, Any]) -> list[str]:

@@ -1,9 +1,9 @@
 """The drift budget: how strongly the objective holds, controlled so that drift on held-out text stays within what the user allows.
 
 The weights on divergences are multiplied by a factor. After each measurement the factor moves, in logarithms, by how far drift is
-expected to lie from the budget a little later, and never by more than a step. Expecting matters: drift only grows at first, and a
-factor that waits until the budget is spent comes too late. A factor that was lowered while drift was small would do the same, so it
-never falls below the user's own weight divided by RELEASE.
+expected to lie from the budget some measurements later, and never by more than a step. Expecting matters: a model goes on moving for a
+while after it is held, so a factor that waits until the budget is spent comes too late. It is released more slowly than it grips, and
+only while drift is not on its way to the budget anyway; never below the user's own weights divided by RELEASE.
 
 Pure arithmetic on measured numbers: a run that is taken up again goes on as if it had not stopped.
 """
@@ -14,12 +14,14 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-AHEAD = 3
+AHEAD = 5
 """How many measurements ahead drift is expected to go on as it did between the last two."""
-GAIN = 0.9
+FAR_AHEAD = 10
+"""The same, for being released."""
+GAIN = 0.5
 """How much of the expected error, in logarithms, is answered at once."""
-STEP = math.log(2.5)
-"""The most that the factor's logarithm moves at one measurement."""
+GRIP, SLIP = math.log(2.5), math.log(1.25)
+"""The most that the factor's logarithm moves up and down at one measurement."""
 RELEASE = 8.0
 MOST = 256.0
 """The factor's bounds: 1/RELEASE of the user's weights, and MOST times them."""
@@ -49,12 +51,18 @@ class DriftBudget:
 
     def observe(self, drift: float) -> None:
         """Takes a measurement, and sets the factor for the steps until the next."""
-        expected = max(drift + AHEAD * (drift - self.last), drift / 2, 1e-3 * self.budget)
-        error = math.log(expected / self.budget)
-        wanted = math.log(self.factor) + max(-STEP, min(STEP, GAIN * error))
+        error = self._expected(drift, AHEAD)
+        if error < 0:
+            error = min(0.0, self._expected(drift, FAR_AHEAD))
+        wanted = math.log(self.factor) + max(-SLIP, min(GRIP, GAIN * error))
         self.factor = max(1 / RELEASE, min(MOST, math.exp(wanted)))
         self.over = self.over + 1 if drift > OVER * self.budget and self.factor >= MOST else 0
         self.last = drift
+
+    def _expected(self, drift: float, measurements: int) -> float:
+        """By how much drift will be above the budget then, in logarithms."""
+        expected = drift + measurements * (drift - self.last)
+        return math.log(max(expected, drift / 2, 1e-3 * self.budget) / self.budget)
 
     @property
     def kept(self) -> bool:

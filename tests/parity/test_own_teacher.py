@@ -32,14 +32,14 @@ def rolled(scores: Scores, by: int) -> Scores:
     return Scores(positions=scores.positions, ids=scores.ids[entries], logprobs=scores.logprobs[entries], **columns)
 
 
-def anothers(model: Any, read: Sequence[Any], places: Sequence[Any], policy: Any) -> list[Scores]:
+def anothers(model: Any, read: Sequence[Any], places: Sequence[Any], policy: Any, group: Any) -> list[Scores]:
     """Each document's row is the next one's of the corpus."""
     names = [one.tokens.tobytes() for one in ALIKE]
     others = [ALIKE[(names.index(tokens.tobytes()) + 1) % len(ALIKE)].tokens for tokens in read]
     return score_documents(model, others, places, policy)
 
 
-def foreign(model: Any, read: Sequence[Any], places: Sequence[Any], policy: Any) -> list[Scores]:
+def foreign(model: Any, read: Sequence[Any], places: Sequence[Any], policy: Any, group: Any) -> list[Scores]:
     return score_documents(loaded(shared_model(seed=1)), read, places, policy)
 
 

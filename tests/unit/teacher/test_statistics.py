@@ -97,7 +97,7 @@ def test_edges_belong_to_the_bin_above_and_tau_is_learned() -> None:
 def test_one_document_whole(made: Lab) -> None:
     one, cache = DOCUMENTS[5], made.cache()
     row = find_row(cache.folder, one.digest[:12], made.staging)
-    facts = document_facts(row, Documents(made.store, made.staging).get(row.digest))
+    facts = document_facts(row, Documents(made.store, made.staging).get(row.digest), "float32")
     scores = cache.scores(one)
     assert facts["document"] == one.digest
     assert facts["tokens"] == one.tokens.tolist()
@@ -106,7 +106,7 @@ def test_one_document_whole(made: Lab) -> None:
         assert facts[name] == getattr(scores, name).tolist()
     assert [len(ids) for ids in facts["ids"]] == [len(kept) for kept in facts["logprobs"]] == scores.counts.tolist()
     assert [one for ids in facts["ids"] for one in ids] == scores.ids.tolist()
-    assert document_facts(row, Documents(None, made.staging).get(row.digest))["tokens"] is None
+    assert document_facts(row, Documents(None, made.staging).get(row.digest), "float32")["tokens"] is None
 
 
 def test_an_empty_cache_has_no_statistics(tmp_path: Path) -> None:
