@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os.path
 
-from distft.config.schema import NoDistribution, Run, Sample, Source
+from distft.config.schema import Hidden, NoDistribution, Run, Sample, Source
 from distft.errors import ConfigError
 from distft.objectives import catalog
 from distft.objectives.catalog import SftKl
@@ -33,7 +33,16 @@ def _objective(run: Run) -> list[str]:
             f"objective.prompt_kl={rule.prompt_kl:g} needs the teacher on the prompt's tokens, and score.positions="
             f"{run.score.positions} leaves them out; set score.positions=all"
         )
-    return problems + _budget(run, kind) + _distribution(run, kind)
+    return problems + _softening(run, kind) + _budget(run, kind) + _distribution(run, kind)
+
+
+def _softening(run: Run, kind: str) -> list[str]:
+    if run.objective.softening == 1.0 or isinstance(run.score.distribution, Hidden):
+        return []
+    return [
+        f"{kind} with temperature={run.objective.softening:g} asks the teacher about all tokens, and score.distribution.kind="
+        f"{run.score.distribution.kind} leaves some out; set it to hidden, or the temperature to 1"
+    ]
 
 
 def _budget(run: Run, kind: str) -> list[str]:
@@ -41,7 +50,9 @@ def _budget(run: Run, kind: str) -> list[str]:
         return []
     problems = []
     if not run.objective.needs_distribution:
-        problems.append(f"objective.drift_budget controls weights on divergences, and {kind} has none: take sft_kl, or set it to null")
+        problems.append(
+            f"objective.drift_budget controls weights on divergences, and {kind} has none: take sft_kl, or set it to null"
+        )
     if run.data.heldout is None or run.train.drift_every_steps is None:
         problems.append(
             "objective.drift_budget is controlled by drift that is measured on the way: give data.heldout and train.drift_every_steps"

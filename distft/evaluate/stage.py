@@ -34,10 +34,10 @@ from distft.store.model_folder import ModelFolder, resolve_model
 from distft.store.put import put_file
 from distft.teacher.cache import TeacherCache
 from distft.teacher.identity import documents_key
-from distft.train.targets import micro_batch, supervised
 from distft.train.drift import measure_drift
 from distft.train.identity import model_identity
 from distft.train.record import newest_checkpoint
+from distft.train.targets import micro_batch, supervised
 
 SUMMARY = "summary.json"
 FORMAT = "distft-eval-1"

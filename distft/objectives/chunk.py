@@ -8,7 +8,12 @@ the vocabulary. The gradient has one factor per row on the tail and its own valu
     kept i:  p_i * [ ce + kl + rkl*(log(p_i/q_i) - R) ] - kl*q_i
     label y: the above - ce
 
-Against a dense teacher all tokens are kept, and there is no tail. Shapes as in `distft.objectives.loss`.
+Against a dense teacher all tokens are kept, and there is no tail; there alone a temperature T can soften both sides. The divergences
+are then those of softmax(z/T), times T^2, which keeps their gradients as large as they are at 1:
+
+    v:  T * p_v * [ kl + rkl*(log(p_v/q_v) - R) ] - T * kl*q_v          p, q and R at temperature T
+
+Shapes as in `distft.objectives.loss`.
 """
 
 from __future__ import annotations
@@ -29,8 +34,11 @@ class Chunk:
     """The student's distribution over one chunk and its distance from label and teacher. `exp_CV` holds exp(z - max) with the
     teacher's kept entries zeroed; those stand in `kept_M`. Against a dense teacher nothing is zeroed."""
 
-    def __init__(self, logits_CV: Tensor, labels_C: Tensor, teacher: SparseRows | DenseRows | None, *, keep_logits: bool) -> None:
-        self.labels_C, self.teacher = labels_C, teacher
+    def __init__(self, logits_CV: Tensor, labels_C: Tensor, teacher: SparseRows | DenseRows | None, *, keep_logits: bool,
+        temperature: float = 1.0,
+    ) -> None:  # fmt: skip
+        assert temperature == 1.0 or not isinstance(teacher, SparseRows), "what a cache left out cannot be softened"
+        self.labels_C, self.teacher, self.temperature = labels_C, teacher, temperature
         label_logit_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
         peak_C1 = logits_CV.amax(1, keepdim=True)
         self.logits_CV = logits_CV if keep_logits else None
@@ -50,14 +58,20 @@ class Chunk:
 
     def _compare_whole(self, teacher: DenseRows, shifted_CV: Tensor) -> None:
         """Both divergences over the whole vocabulary. Consumes `shifted_CV`."""
+        square = self.temperature**2
         self.total_C = self.exp_CV.sum(1)
-        teacher_logprobs_CV = teacher.head.logprobs(teacher.hidden_NT)
-        logprobs_CV = shifted_CV.sub_(self.total_C.log()[:, None]).clamp_min_(LOWEST)
+        self.soft_CV, soft_total_C = self.exp_CV, self.total_C  # exp(z/T) of the student, and its sum
+        if self.temperature != 1.0:
+            self.soft_CV = shifted_CV.div_(self.temperature).exp()
+            soft_total_C = self.soft_CV.sum(1)
+        self.soft_total_C1 = soft_total_C[:, None]
+        teacher_logprobs_CV = teacher.head.logprobs(teacher.hidden_NT, self.temperature)
+        logprobs_CV = shifted_CV.sub_(self.soft_total_C1.log()).clamp_min_(LOWEST)
         self.log_ratio_CV = logprobs_CV.sub_(teacher_logprobs_CV)  # log p_v/q_v
         self.teacher_CV = teacher_logprobs_CV.exp_()
-        self.exact_rkl_C = _row_dots(self.exp_CV, self.log_ratio_CV) / self.total_C
-        self.kl_C = (-_row_dots(self.teacher_CV, self.log_ratio_CV)).clamp_min(0.0)
-        self.rkl_C = self.exact_rkl_C.clamp_min(0.0)
+        self.exact_rkl_C = _row_dots(self.soft_CV, self.log_ratio_CV) / soft_total_C
+        self.kl_C = (-_row_dots(self.teacher_CV, self.log_ratio_CV)).clamp_min(0.0) * square
+        self.rkl_C = self.exact_rkl_C.clamp_min(0.0) * square
 
     def _take_out_kept(self, teacher: SparseRows) -> None:
         counts_C = teacher.counts_N
@@ -117,11 +131,7 @@ class Chunk:
     def gradient(self, ce_C: Tensor, kl_C: Tensor, rkl_C: Tensor) -> Tensor:
         """d loss / d logits of the first three terms. Consumes `exp_CV`."""
         if isinstance(self.teacher, DenseRows):
-            pull_CV = self.log_ratio_CV.sub_(self.exact_rkl_C[:, None]).mul_(rkl_C[:, None]).add_((ce_C + kl_C)[:, None])
-            grad_CV = self.exp_CV.mul_(pull_CV).div_(self.total_C[:, None])
-            grad_CV -= self.teacher_CV.mul_(kl_C[:, None])
-            grad_CV[torch.arange(len(ce_C), device=ce_C.device), self.labels_C] -= ce_C
-            return grad_CV
+            return self._dense_gradient(ce_C[:, None], kl_C[:, None], rkl_C[:, None])
         scale_C = (ce_C + kl_C) / self.total_C
         if self.teacher is not None:
             # a large weight over a tail that underflows would be infinite, and infinity times the tail's 0 is no number
@@ -134,6 +144,18 @@ class Chunk:
             pull_M = (ce_C + kl_C)[row_M] + rkl_C[row_M] * away_M
             grad_CV[row_M, self.teacher.ids_M] = self.kept_M * pull_M - kl_C[row_M] * self.teacher_M
         grad_CV[torch.arange(len(ce_C), device=ce_C.device), self.labels_C] -= ce_C
+        return grad_CV
+
+    def _dense_gradient(self, ce_C1: Tensor, kl_C1: Tensor, rkl_C1: Tensor) -> Tensor:
+        """The same against a dense teacher. Consumes all buffers."""
+        soft, temperature = self.temperature != 1.0, self.temperature
+        # At temperature 1 both softmaxes are one, and the label's pull goes in with the others.
+        pull_CV = self.log_ratio_CV.sub_(self.exact_rkl_C[:, None]).mul_(rkl_C1).add_(kl_C1 if soft else ce_C1 + kl_C1)
+        grad_CV = self.soft_CV.mul_(pull_CV).div_(self.soft_total_C1)
+        grad_CV -= self.teacher_CV.mul_(kl_C1)
+        if soft:
+            grad_CV.mul_(temperature).add_(self.exp_CV.mul_(ce_C1 / self.total_C[:, None]))
+        grad_CV[torch.arange(len(ce_C1), device=ce_C1.device), self.labels_C] -= ce_C1.squeeze(1)
         return grad_CV
 
 

@@ -94,9 +94,11 @@ class DenseHead:
             self._elsewhere = DenseHead(self.weight_VT.to(device), bias_V, self.shape)
         return self._elsewhere
 
-    def logprobs(self, hidden_CT: Tensor) -> Tensor:
+    def logprobs(self, hidden_CT: Tensor, temperature: float = 1.0) -> Tensor:
         """log q over the whole vocabulary, float32, in a fresh buffer; finite also where a model gives a token no chance."""
         logits_CV = self.shape.logits(hidden_CT, self.weight_VT, self.bias_V)
+        if temperature != 1.0:
+            logits_CV /= temperature
         return logits_CV.sub_(logits_CV.logsumexp(1, keepdim=True)).clamp_min_(LOWEST)
 
 

@@ -19,7 +19,7 @@ Shapes: N tokens, C of them in a chunk, V head rows, D hidden width, M kept teac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +70,8 @@ class Targets:
     entropy_N: Tensor
     teacher: SparseRows | DenseRows | None
     """None: no token has a weight on a divergence."""
+    temperature: float = 1.0
+    """Of both sides of a divergence; other than 1 only against a dense teacher."""
     live: Live | None = None
     """Decides all weights in the place of the four columns; never gives one on the entropy, whose gradient needs to be planned for."""
 
@@ -79,7 +81,7 @@ class Targets:
 
     def to(self, device: torch.device) -> Targets:
         columns = {name: getattr(self, name).to(device) for name in ("labels_N", "ce_N", "kl_N", "rkl_N", "entropy_N")}
-        return Targets(**columns, teacher=self.teacher and self.teacher.to(device), live=self.live)
+        return replace(self, **columns, teacher=self.teacher and self.teacher.to(device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +129,7 @@ def measure(
             rows = slice(start, min(start + size, len(hidden_ND)))
             teacher = targets.teacher and targets.teacher.chunk(rows.start, rows.stop)
             logits_CV = shape.logits(hidden_ND[rows], weight_VD, bias_V)
-            part = Chunk(logits_CV, targets.labels_N[rows], teacher, keep_logits=bool(asked))
+            part = Chunk(logits_CV, targets.labels_N[rows], teacher, keep_logits=bool(asked), temperature=targets.temperature)
             for name, column in columns.items():
                 column.append(part.value(name))
     empty = hidden_ND.new_zeros(0, dtype=torch.float32)
@@ -153,7 +155,7 @@ class _TokenLoss(torch.autograd.Function):
             rows = slice(start, min(start + size, len(hidden_ND)))
             teacher = targets.teacher and targets.teacher.chunk(rows.start, rows.stop)
             logits_CV = shape.logits(hidden_ND[rows], weight_VD, bias_V)
-            chunk = Chunk(logits_CV, targets.labels_N[rows], teacher, keep_logits=keep)
+            chunk = Chunk(logits_CV, targets.labels_N[rows], teacher, keep_logits=keep, temperature=targets.temperature)
             for column, value_C in zip(values, (chunk.ce_C, chunk.kl_C, chunk.rkl_C), strict=False):
                 column[rows] = value_C
             given = weights.chunk(rows)

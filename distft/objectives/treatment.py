@@ -169,6 +169,11 @@ class ObjectiveRule(Section):
         return False
 
     @property
+    def softening(self) -> float:
+        """The temperature of both sides of every divergence. Other than 1, it asks the teacher about the whole vocabulary."""
+        return 1.0
+
+    @property
     def live(self) -> Literal["no", "token", "sequence"]:
         """Whether weights depend on the student of this step. token: each token's on that token's own signals, so that they can be
         decided wherever the token is; sequence: on those of all of its document."""

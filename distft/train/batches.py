@@ -84,6 +84,7 @@ class Feed:
                 [one.reached() for one in treated] if self.objective.live == "no" else treated,
                 self.cache.rows if self.cache else sparse_rows,
                 live=None if self.objective.live == "no" else LiveTreatment.of(self.objective, treated),
+                temperature=self.objective.softening,
             )  # fmt: skip
             made.append(done)
             groups.append(group)

@@ -73,7 +73,7 @@ class LiveTreatment:
         borne_N = (held_N | (weights.ce_N != 0) | (weights.entropy_N != 0)).nonzero().squeeze(1)
         columns = {f"{name}_N": getattr(weights, f"{name}_N")[borne_N] for name in PARTS}
         teacher = targets.teacher and targets.teacher.select(borne_N, held_N[borne_N])
-        return Targets(labels_N=targets.labels_N[borne_N], **columns, teacher=teacher), borne_N
+        return replace(targets, labels_N=targets.labels_N[borne_N], **columns, teacher=teacher), borne_N
 
     def _weights(self, made: Sequence[Treatment], answers: npt.NDArray[np.bool_], fixed: Floats, device: torch.device) -> Weights:
         columns: dict[str, Tensor] = {}

@@ -54,6 +54,7 @@ def micro_batch(
     teacher_rows: Callable[[list[Scores]], SparseRows | DenseRows] = sparse_rows,
     *,
     live: LiveTreatment | None = None,
+    temperature: float = 1.0,
 ) -> tuple[MicroBatch, npt.NDArray[np.uint8]]:
     """Packs documents, and says which group each token is of. No documents give a batch that runs the backbone and trains nothing,
     for a rank that has nothing to do. `teacher_rows` makes distributions of scores: `TeacherCache.rows`."""
@@ -72,6 +73,7 @@ def micro_batch(
     scores = [one.scores for one in treated if one.scores is not None]
     targets = Targets(
         labels_N=torch.from_numpy(labels_N), **columns, teacher=teacher_rows(scores) if held and scores else None,
+        temperature=temperature,
         live=live if live is not None and live.rule.live == "token" else None,
     )  # fmt: skip
     batch = MicroBatch(

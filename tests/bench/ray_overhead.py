@@ -28,7 +28,7 @@ from tests.helpers.actors import descendants
 from tests.helpers.models import tiny_model_folder
 from tests.helpers.stores import lab, random_documents
 
-ROUNDS = 5
+ROUNDS = 3
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -42,8 +42,7 @@ class Reads:
         scorer = self.plan()
 
         def work(unit: Unit) -> Generator[float, None, int]:
-            reading = yield from scorer.read([scorer.corpus.document(*place) for place in unit.places])
-            return sum(len(score.positions) for score in reading.scores)
+            return (yield from scorer.read([scorer.corpus.document(*place) for place in unit.places])).scored_tokens
 
         return work
 
@@ -71,7 +70,7 @@ def measured(work: Callable[[], Iterator[Any]]) -> tuple[float, float]:
 def test_what_ray_costs_above_scoring(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     model = tiny_model_folder(tmp_path / "model", vocabulary=280, hidden=384, layers=6)
-    documents = random_documents(160, shortest=60, longest=180)
+    documents = random_documents(1_650, shortest=60, longest=180)
     made = lab(tmp_path, documents=documents, model=resolve_model(str(model), None), score={"tokens_per_batch": 2048})
     wanted = {digest: ("train", row) for row, digest in enumerate(made.corpus.digests("train"))}
     units, tokens = units_of(made.corpus, wanted, set(wanted)), sum(len(d) for d in documents)

@@ -90,9 +90,9 @@ def die_behind(results: int, environment: dict[str, str]) -> None:
 
     real, seen = Pool._next_event, 0
 
-    def counting(self: Any, attempt: Any) -> Any:
+    def counting(self: Any, stream: Any) -> Any:
         nonlocal seen
-        event = real(self, attempt)
+        event = real(self, stream)
         seen += event[0] == "result"
         if seen == results:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The drift budget on a real student: it ends where the user said, whatever weight the run file starts from, and resumes bit for bit."""
+"""The drift budget on a real student: it ends where the user said, from whatever weight it starts, and resumes bit for bit."""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ TASK = {"kind": "generate", "name": "x", "path": "p"}
         (run(objective={"kind": "lwf"}, score=NONE), "objective.kind=lwf needs the teacher's distribution"),
         (run(objective={"kind": "kd"}, score=NONE), "objective.kind=kd needs the teacher's distribution"),
         (run(objective={"kind": "eksft"}, score=SAMPLE), "objective.kind=eksft asks for KL(p||q)"),
+        (run(objective={"kind": "kd", "temperature": 2}), "asks the teacher about all tokens, and score.distribution.kind=topk"),
         (run(objective={"kind": "sft", "prompt_kl": 0.5}, score=NONE), "objective.kind=sft needs the teacher's distribution"),
         (run(objective={"kind": "sft", "prompt_kl": 0.5}), "leaves them out; set score.positions=all"),
         (run(data=data(path="h.jsonl"), score=NONE), "data.heldout is for measuring drift"),

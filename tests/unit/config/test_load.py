@@ -53,7 +53,7 @@ def refused(tmp_path: Path, text: str | bytes, *overrides: str) -> ConfigError:
         (BASE + "evaluate: {tasks: [{kind: nll, name: x}]}\n", "evaluate.tasks[0].source: is missing"),
         (BASE + "objective: {kind: grpo}\n", f"objective.kind: 'grpo' is none of {OBJECTIVES}"),
         (BASE + "objective: {kl: 3}\n", f"objective.kind: is missing; one of {OBJECTIVES}"),
-        (BASE + "objective: {kind: sft, kl: 3}\n", "objective.kl: no such key; known are kind, prompt_kl"),
+        (BASE + "objective: {kind: sft, kl: 3}\n", "objective.kl: no such key; known are drift_budget, kind, prompt_kl"),
         (BASE + "objective: {kind: stm, tau: 2.0, fraction: 0.2}\n", "objective: tau and fraction both say how much is masked"),
         (BASE + "evaluate:\n", "evaluate: is an empty section"),
         (BASE + "train: 3\n", "train: 3: input should be a valid dictionary"),

@@ -79,7 +79,7 @@ def test_a_student_that_is_its_teacher_is_at_no_distance(kind: torch.dtype) -> N
     made = problem(SHAPES["plain"], WEIGHTS["kl"], bias=False)
     both = Targets(**{**vars_of(wanted(made, rows)), "rkl_N": torch.ones(11)})
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    loss, values = token_loss(*leaves, None, both, shape=shape, chunk=4)  # pyright: ignore[reportArgumentType]
+    loss, values = token_loss(leaves[0], leaves[1], None, both, shape=shape, chunk=4)
     loss.backward()
     assert float(values.kl_N.max()) <= 1e-6
     assert float(values.rkl_N.max()) <= 1e-6
@@ -116,3 +116,32 @@ def test_the_head_is_moved_to_a_device_once() -> None:
     assert head.to(torch.device("meta")) is moved
     assert moved.to(torch.device("meta")) is moved
     assert head.to(torch.device("cpu")) is head
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 7.0])
+@pytest.mark.parametrize("shape", ["plain", "all"])
+def test_a_temperature_softens_both_sides_and_leaves_the_label_alone(shape: str, temperature: float) -> None:
+    student = SHAPES[shape]
+    made = problem(student, None, bias=True)
+    made["weights_N4"][:, 3] = 0
+    rows = dense(replace(TEACHERS["its own scale and cap"], rows=student.rows))
+    teacher = torch.tensor([row.logprobs for row in as_rows(rows)], dtype=torch.float64)
+    softened = torch.log_softmax(teacher / temperature, 1)  # a softmax forgets the constant that log-probabilities differ by
+
+    leaves: list[Any] = [made[k].double().requires_grad_() for k in ("hidden", "weight", "bias")]
+    logits = shaped_logits(*leaves, rows=student.rows, scale=student.scale, softcap=student.softcap)
+    plain, soft = torch.log_softmax(logits, 1), torch.log_softmax(logits / temperature, 1)
+    ce_N = -plain[torch.arange(11), made["labels"]]
+    kl_N = temperature**2 * (softened.exp() * (softened - soft)).sum(1)
+    rkl_N = temperature**2 * (soft.exp() * (soft - softened)).sum(1)
+    expected = (torch.stack([ce_N, kl_N, rkl_N], 1) * made["weights_N4"][:, :3]).sum()
+    (expected * 0.5).backward()
+
+    targets = replace(wanted(made, rows), temperature=temperature)
+    loss, values, gradients = fast(made["hidden"], made["weight"], made["bias"], targets, student, 4)
+    assert loss == pytest.approx(float(expected.detach()), rel=2e-5)
+    for name, column, truth in (("ce", values.ce_N, ce_N), ("kl", values.kl_N, kl_N), ("rkl", values.rkl_N, rkl_N)):
+        torch.testing.assert_close(column.double(), truth.detach(), rtol=5e-5, atol=5e-5, msg=name)
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert gradient is not None
+        torch.testing.assert_close(gradient.double(), leaf.grad, rtol=1e-4, atol=1e-4)

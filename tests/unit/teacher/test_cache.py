@@ -20,7 +20,7 @@ from distft.errors import CorruptArtifactError, DistftError, MissingArtifactErro
 from distft.store.digest import document_digest
 from distft.store.location import open_location
 from distft.store.model_folder import resolve_model
-from distft.teacher import part
+from distft.teacher import part as writing
 from distft.teacher.cache import TeacherCache
 from distft.teacher.forward import Scores, score_documents
 from distft.train.drift import measure_drift
@@ -139,7 +139,7 @@ def test_a_killed_build_goes_on_with_what_is_missing(
     undisturbed, made = lab(tmp_path / "undisturbed", documents=DOCUMENTS), lab(tmp_path / "killed", documents=DOCUMENTS)
     undisturbed.score()
     read.clear()
-    plain, parts = part.commit, []
+    plain, parts = writing.commit, []
 
     def commit(folder: Any, manifest: Any, name: str) -> Any:
         if manifest.kind == "teacher-part":
@@ -149,7 +149,7 @@ def test_a_killed_build_goes_on_with_what_is_missing(
         return plain(folder, manifest, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(part, "commit", commit)
+        patch.setattr(writing, "commit", commit)
         with pytest.raises(Killed):
             made.score()
     held = {digest for one in parts for digest in one.facts["digests"]}

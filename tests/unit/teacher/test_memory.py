@@ -40,7 +40,9 @@ print(json.dumps({"before": before, "peak": peak(), "entries": len(scores.ids), 
 """
 
 
-@pytest.mark.parametrize("policy", [{"kind": "topk"}, {"kind": "sample", "draws": 50}, {"kind": "hidden"}], ids=lambda p: p["kind"])
+@pytest.mark.parametrize(
+    "policy", [{"kind": "topk"}, {"kind": "sample", "draws": 50}, {"kind": "hidden"}], ids=lambda p: p["kind"]
+)
 def test_a_vocabulary_of_262144_is_scored_within_two_gigabytes(policy: dict[str, object]) -> None:
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(ROWS), str(TOKENS), json.dumps(policy)], capture_output=True, text=True, check=True,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from distft.config.schema import Train
 from distft.engine.world import World
+from distft.objectives.distributions import SparseRows
 from distft.objectives.treatment import treatment
 from distft.teacher.scores import Scores
 from distft.train.batches import share
@@ -141,7 +142,7 @@ def test_tokens_without_a_weight_never_reach_the_head_and_their_distribution_is_
     assert batch.predictor_N.tolist() == [0, 3, 5 + 1]
     assert batch.targets.ce_N.tolist() == [1, 0, 2]
     assert batch.targets.kl_N.tolist() == [0, 3, 0]
-    assert batch.targets.teacher is not None
+    assert isinstance(batch.targets.teacher, SparseRows)
     # Only the token that is held has a distribution; the other two say nothing: no entries, all of it tail.
     assert batch.targets.teacher.counts_N.tolist() == [0, 2, 0]
     assert batch.targets.teacher.tail_N.tolist() == pytest.approx([1.0, 0.5, 1.0], rel=1e-3)
