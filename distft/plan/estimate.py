@@ -27,8 +27,9 @@ DISTINCT_DRAWS = 8
 """Mean distinct ids among 50 stratified draws."""
 FLOOR_ENTRIES = 22
 """Mean kept entries a token at min_prob 1e-3 (17 to 26 on three corpora with a 135M model; sharper teachers keep fewer)."""
-HIDDEN_COMPRESSED = 0.85
-"""What zstd leaves of hidden states, whose low bits are noise."""
+HIDDEN_COMPRESSED = {"bfloat16": 0.69, "float32": 0.89}
+"""What compression leaves of hidden states, by the same table: signs and mantissas are noise, exponents are not."""
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,29 +55,30 @@ def estimate_run(
     known: TokenBytes | None,
 ) -> Estimate:  # fmt: skip
     """`trained_tokens` are those of one epoch; `known` are bytes that were measured. A `teacher` of None is the model itself."""
-    parameters, config = model.parameter_count(), _text_config(model)
-    found = known or TokenBytes(
-        amount=teacher_bytes_per_token(run, width=int(_text_config(teacher or model).get("hidden_size", 0))), basis="estimated"
-    )
+    parameters, config, read = model.parameter_count(), _text_config(model), _text_config(teacher or model)
+    width = int(read.get("hidden_size", 0))
+    found = known or TokenBytes(amount=teacher_bytes_per_token(run, width=width), basis="estimated")
     return estimate(
         run, parameters=parameters, config=config, known=found, trained_tokens=trained_tokens,
         teacher_parameters=teacher.parameter_count() if teacher else parameters,
         tokens=reading.tokens if reading else None, scored_tokens=reading.scored_tokens if reading else None,
+        head_bytes=head_bytes(run, rows=int(read.get("vocab_size", 0)), width=width),
     )  # fmt: skip
 
 
 def estimate(
     run: Run, *, parameters: int, teacher_parameters: int, config: dict[str, Any], known: TokenBytes,
-    tokens: int | None, scored_tokens: int | None, trained_tokens: int | None,
+    tokens: int | None, scored_tokens: int | None, trained_tokens: int | None, head_bytes: int = 0,
 ) -> Estimate:  # fmt: skip
-    """`tokens` are all that the teacher reads, `scored_tokens` those that are kept, `trained_tokens` all of one epoch."""
+    """`tokens` are all that the teacher reads, `scored_tokens` those that are kept, `trained_tokens` all of one epoch. `head_bytes`
+    are kept once, however many tokens there are."""
     passes = 8 if run.train.gradient_checkpointing else 6
     pace = H100_FLOPS * UTILISATION * 3600
     return Estimate(
         parameters=parameters,
         teacher_bytes_per_token=known.amount,
         basis=known.basis,
-        teacher_bytes=None if scored_tokens is None else round(known.amount * scored_tokens),
+        teacher_bytes=None if scored_tokens is None else round(known.amount * scored_tokens) + head_bytes,
         memory_per_rank=memory_per_rank(run, parameters, config),
         score_hours=None if tokens is None else 2 * teacher_parameters * tokens / pace,
         train_hours=None if trained_tokens is None else passes * parameters * _all_tokens(run, trained_tokens) / pace,
@@ -96,13 +98,19 @@ def teacher_bytes_per_token(run: Run, *, width: int) -> float:
     """`width` is the teacher's hidden size."""
     policy = run.score.distribution
     if isinstance(policy, Hidden):
-        return SIGNAL_BYTES + width * (2 if run.teacher_model.dtype == "bfloat16" else 4) * HIDDEN_COMPRESSED
+        dtype = run.teacher_model.dtype
+        return SIGNAL_BYTES + width * DTYPE_BYTES[dtype] * HIDDEN_COMPRESSED[dtype]
     if isinstance(policy, NoDistribution):
         return SIGNAL_BYTES
     if isinstance(policy, Sample):
         return SIGNAL_BYTES + DISTINCT_DRAWS * (policy.draws / 50) ** 0.5 * ENTRY_BYTES
     entries = policy.k if policy.min_prob == 0 else min(policy.k, FLOOR_ENTRIES * (1e-3 / policy.min_prob) ** 0.5)
     return SIGNAL_BYTES + entries * ENTRY_BYTES
+
+
+def head_bytes(run: Run, *, rows: int, width: int) -> int:
+    """The copy of the teacher's output head, which hidden states alone need."""
+    return rows * width * DTYPE_BYTES[run.teacher_model.dtype] if isinstance(run.score.distribution, Hidden) else 0
 
 
 def memory_per_rank(run: Run, parameters: int, config: dict[str, Any]) -> int:

@@ -105,8 +105,8 @@ def test_heads_that_do_not_divide_are_refused_with_numbers(tmp_path: Path) -> No
     folder = str(tiny_model_folder(tmp_path, num_key_value_heads=1))
     told = run_ranks(cut_unevenly, 2, folder)
     assert told == ["The model's 1 (num_key_value_heads) cannot be shared evenly among 2 ranks."] * 2
+    one, other = (score_documents(teacher(folder, World()), *documents(), TopK(k=k))[0] for k in (3, 4))
     with pytest.raises(AssertionError):
-        one, other = (score_documents(teacher(folder, World()), *documents(), TopK(k=k))[0] for k in (3, 4))
         agree(one, other, "other policies")
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from distft.store.location import Location, open_location
 from tests.helpers.caches import changed, only_cache, rewrite
 from tests.helpers.runs import Bench, Done, distft, files
+from tests.unit.test_cli import HEAVY, spied
 
 DAY = 86_400
 
@@ -85,6 +86,17 @@ def test_show(finished: Bench, place: str, monkeypatch: pytest.MonkeyPatch) -> N
     text = person("show", place)
     assert all(part in text for part in ("perplexity of the label", "mass kept, mean", "perplexity above 2.5", "####"))
     assert files(finished.store) == before
+
+
+def test_what_reads_a_cache_and_runs_no_model_needs_no_torch(finished: Bench, place: str, tmp_path: Path) -> None:
+    """`list` and `prune` are in tests/unit/test_cli.py."""
+    [one, *_] = cache("show", place).json["document_ids"]
+    for verb in (("show", place), ("show", place, "--document", one), ("verify", place)):
+        done, loaded = spied(tmp_path, "cache", *verb, "--json")
+        assert done.status == 0, done.err
+        assert loaded & HEAVY == set()
+    _, loaded = spied(tmp_path, "cache", "verify", place, "--probe", "1", "--model", str(finished.model))
+    assert "torch" in loaded, "the spy is blind"
 
 
 def test_one_document_is_what_the_model_says_of_its_tokens(finished: Bench, place: str) -> None:

@@ -17,6 +17,7 @@ from distft.store.location import open_location
 from distft.teacher import scorer
 from tests.helpers.caches import only_cache
 from tests.helpers.runs import Bench, Done, copy_bench, distft, files
+from tests.unit.test_cli import HEAVY, spied
 
 WIDTH = 32
 
@@ -89,14 +90,14 @@ def dense_kl(bench: Bench, tuned: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher"])
 def test_drift_is_the_divergence_of_whole_distributions(ready: Bench, direction: str) -> None:
-    """In bfloat16 two passes round differently; in float32 nothing is between what is measured and what is so."""
+    """Nothing is between what is measured and what is so; bfloat16 may round two passes differently."""
     hidden(ready, ready.config()["model"]["dtype"], direction=direction)
     trained = ready.run("train").json
     assert trained["steps"] > 5
     model = ready.run("export").json["model"]
     evaluated = ready.run("evaluate").json
     kl, nll = dense_kl(ready, model)
-    near = 1e-5 if ready.config()["model"]["dtype"] == "float32" else 5e-3
+    near = 1e-5 if ready.config()["model"]["dtype"] == "float32" else 1e-4
     print(f"drift {trained['drift']}, {evaluated['drift']}; dense {kl}")
     assert trained["drift"] == pytest.approx(kl, abs=near)
     assert evaluated["drift"]["kl"] == pytest.approx(kl, abs=near)
@@ -126,6 +127,15 @@ def test_what_the_cache_verbs_say(ready: Bench) -> None:
     assert listed["head_bytes"] > 300 * WIDTH * (4 if dtype == "float32" else 2)
     assert cache(ready, "prune").json["files_removed"] == 0
     assert files(ready.store) == before
+
+
+def test_whoever_looks_after_it_needs_no_torch(ready: Bench, tmp_path: Path) -> None:
+    place = only_cache(open_location(str(ready.store))).url
+    [one, *_] = cache(ready, "show").json["document_ids"]
+    for verb in (("show", place), ("show", place, "--document", one), ("verify", place), ("list", "--store", str(ready.store))):
+        done, loaded = spied(tmp_path, "cache", *verb, "--json")
+        assert done.status == 0, done.err
+        assert loaded & HEAVY == set()
 
 
 def test_a_second_run_opens_no_weights_and_reads_nothing(exact: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ token is chosen. Masks come from the student of this very step and are constants
 This is the paper's formula, not its published code, which shifts the mask by one token, takes p for log p in the divergence, chooses
 over a micro-batch, and nudges both lambdas by 5 % a step.
 
-While the student still is its teacher, KL(p||q) is rounding noise: k tokens of each sequence are masked for no reason, and which ones
-can change with the layout. Their divergence has no gradient yet, so that they are only left out of the cross-entropy.
+While the student still is its teacher, KL(p||q) is rounding noise, and the k highest would be masked for no reason, others in each
+layout. So a token has moved only from ROUNDING on: at first M_KL is empty, and M is M_H or, as an intersection, empty too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ import numpy as np
 from pydantic import Field
 
 from distft.objectives.treatment import Floats, LiveField, Mask, ObjectiveRule, Signals, Treatment, highest, share_of, treatment
+
+
+ROUNDING = 1e-5
+"""Nats that two float32 passes over the same weights may be apart."""
 
 
 class Eksft(ObjectiveRule):
@@ -57,7 +61,7 @@ class Eksft(ObjectiveRule):
     def treat(self, signals: Signals) -> Treatment:
         n, live = len(signals), signals.student
         chosen = share_of(self.rho, n)
-        unsure, moved = highest(live.entropy, chosen), highest(live.rkl, chosen)
+        unsure, moved = highest(live.entropy, chosen), highest(live.rkl, chosen) & (live.rkl > ROUNDING)
         masked = unsure | moved if self.combine == "union" else unsure & moved
         return treatment(
             n, ce=_spread(n, ~masked), rkl=self.lambda_kl * _spread(n, moved), entropy=self._bonus(signals) * _spread(n, unsure)

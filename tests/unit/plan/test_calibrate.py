@@ -38,9 +38,9 @@ def read_by(made: Lab, monkeypatch: pytest.MonkeyPatch) -> list[list[Document]]:
     seen: list[list[Document]] = []
     read = Scorer.read
 
-    def spy(self: Scorer, documents: list[Document]) -> Any:
+    def spy(self: Scorer, documents: list[Document], *rest: Any) -> Any:
         seen.append(documents)
-        return read(self, documents)
+        return read(self, documents, *rest)
 
     monkeypatch.setattr(Scorer, "read", spy)
     measure(made)

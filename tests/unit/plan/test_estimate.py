@@ -8,7 +8,7 @@ import pytest
 
 from distft.config.load import validate
 from distft.config.schema import Run
-from distft.plan.estimate import HEAD_BUFFER_BYTES, Estimate, estimate, memory_per_rank, teacher_bytes_per_token
+from distft.plan.estimate import HEAD_BUFFER_BYTES, Estimate, estimate, head_bytes, memory_per_rank, teacher_bytes_per_token
 from distft.plan.measured import TokenBytes
 from distft.plan.show import plan_text
 
@@ -76,10 +76,18 @@ def test_the_constants_give_what_the_readme_measured(settings: dict[str, Any], l
 
 def test_hidden_states_cost_the_teachers_width_in_its_dtype() -> None:
     half = policy(kind="hidden")
-    assert half == pytest.approx(14 + 2 * 2048 * 0.85)
+    assert half == pytest.approx(14 + 2 * 2048 * 0.69)
     assert policy(kind="hidden", width=1024) < half
     whole = run(score={"distribution": {"kind": "hidden"}}, teacher={"dtype": "float32"})
-    assert teacher_bytes_per_token(whole, width=2048) == pytest.approx(14 + 4 * 2048 * 0.85)
+    assert teacher_bytes_per_token(whole, width=2048) == pytest.approx(14 + 4 * 2048 * 0.89)
+
+
+def test_the_head_is_kept_once_beside_hidden_states_alone() -> None:
+    hidden = run(score={"distribution": {"kind": "hidden"}})
+    assert head_bytes(hidden, rows=128_256, width=2048) == 128_256 * 2048 * 2
+    assert head_bytes(run(), rows=128_256, width=2048) == 0
+    known = TokenBytes(amount=100.0, basis="cache 0123")
+    assert [guess(hidden, tokens, known=known, head_bytes=7).teacher_bytes for tokens in (0, 1_000)] == [7, 50_007]
 
 
 def test_the_cache_and_its_pass_are_those_of_the_teacher() -> None:

@@ -133,7 +133,7 @@ def test_live_objectives_are_asked_where_the_student_is_the_teacher() -> None:
     assert "20 likeliest" in " ".join(objective(facts, "eaft")["notes"])
     [talr] = [one for one in plan.applied if one.name == "talr"]
     np.testing.assert_allclose(talr.weights[0][:4], [q ** (4 / sum(CE[:4])) for q in Q[:4]], rtol=1e-5)
-    assert "arbitrary" in " ".join(objective(facts, "eksft")["notes"])
+    assert "No token has moved at step 0" in " ".join(objective(facts, "eksft")["notes"])
     asft = objective(facts, "asft")["treatments"]
     assert asft["held"]["tokens"] == 0, "0.001 of CE against 0.05 of KL is more than a hundredth"
     assert by_hand("stm").facts()["objectives"][0]["basis"] == "fixed"
