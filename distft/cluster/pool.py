@@ -25,7 +25,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from uuid import uuid4
 
 from distft.cluster.session import ray_session
-from distft.errors import DistftError
+from distft.errors import DistftError, UserInputError
 from distft.progress import say
 
 ATTEMPTS = 3
@@ -33,7 +33,7 @@ ATTEMPTS = 3
 IN_FLIGHT = 2
 """Units that an actor has: one that it is at, and one that it goes on with at once."""
 QUIET_SECONDS = 30.0
-"""After so long without a sign of any actor, a person is told what is being waited for."""
+"""After so long without an event while some actors have not started, a person is told what is being waited for."""
 
 
 class Named(Protocol):
@@ -133,7 +133,7 @@ class Pool(Generic[Unit, Result]):
         told = False
         while attempts := [attempt for hand in self._all_hands() for attempt in hand.attempts]:
             ready, _ = self.ray.wait([stream for one in attempts for stream in one.streams], timeout=QUIET_SECONDS)
-            if not ready and not told and not any(hand.lives for hand in self.hands):
+            if not ready and not told and not all(hand.lives for hand in self.hands):
                 told = True
                 self._say_what_is_awaited()
             for stream in ready:
@@ -145,6 +145,7 @@ class Pool(Generic[Unit, Result]):
                 elif kind == "result":
                     attempt.hand.attempts.remove(attempt)
                     self._hand_out()
+                    self._relieve()
                     yield value
                 elif kind == "error":
                     raise value
@@ -175,7 +176,10 @@ class Pool(Generic[Unit, Result]):
         for rank in range(self.group):
             strategy = PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=rank)
             # Ray shows each actor its own GPU alone, which is number 0 there.
-            environment = {"RANK": str(rank), "WORLD_SIZE": str(self.group), "LOCAL_RANK": "0", "DISTFT_MEETING": meeting}
+            environment = {
+                "RANK": str(rank), "WORLD_SIZE": str(self.group), "LOCAL_RANK": "0", "DISTFT_MEETING": meeting,
+                "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo",  # they share a machine, and nobody else need reach them
+            }  # fmt: skip
             actors.append(self.remote.options(scheduling_strategy=strategy).remote(self.make_worker, environment))
         return _Hand(actors, place)
 
@@ -201,6 +205,20 @@ class Pool(Generic[Unit, Result]):
             unit = self.waiting.popleft()
             streams = [actor.work.options(num_returns="streaming").remote(unit) for actor in hand.actors]
             hand.attempts.append(_Attempt(unit, hand, streams))
+
+    def _relieve(self) -> None:
+        """A hand with nothing left to do takes the place of one that has not started: its machine may come in an hour, or never,
+        when another job on the cluster waits in the same way."""
+        if self.waiting or not any(hand.lives and not hand.attempts for hand in self.hands):
+            return
+        late = next((hand for hand in self.hands if not hand.lives and hand.attempts), None)
+        if late is None:
+            return
+        self.waiting.extend(attempt.unit for attempt in late.attempts)
+        late.attempts.clear()
+        self._end(late)
+        self.hands.remove(late)
+        self._hand_out()
 
     def _next_event(self, stream: Any) -> tuple[str, Any]:
         errors = self.ray.exceptions
@@ -269,6 +287,11 @@ def open_pool(
     In a group, RANK and WORLD_SIZE tell each actor its place, and DISTFT_MEETING a file at which the ranks can meet."""
     with ray_session(address, cpus=(workers or 1) * group, gpus=gpus) as ray:
         found = int(ray.cluster_resources().get("GPU", 0))
+        if not found and address != "local" and workers is None:
+            raise UserInputError(
+                "The cluster has no GPU, or none yet.", where=f"cluster.address={address}",
+                help="Give score.workers a number to score on its CPUs; else start nodes with GPUs, and run the command again.",
+            )  # fmt: skip
         if not found and address != "local":
             say("the cluster has no GPU: its CPUs do the work")
         largest = max((int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)

@@ -14,13 +14,16 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from distft.errors import DistftError, UserInputError
 
+DAY = 86_400.0
 OBJECT_STORE_BYTES = 100 << 20
 """Units and their results are small; Ray would take a third of the memory. It refuses less than 75 MiB."""
 
@@ -37,7 +40,7 @@ def ray_session(address: str, *, cpus: int, gpus: int) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    folder = tempfile.mkdtemp(prefix="distft-ray-", dir="/tmp") if own else None  # paths of sockets must be short
+    folder = _own_folder() if own else None
     before = _handlers()
     _mute()
     try:
@@ -54,6 +57,19 @@ def ray_session(address: str, *, cpus: int, gpus: int) -> Iterator[Any]:
         _restore(before)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_folder() -> str:
+    """For the cluster's sockets, whose paths must be short. Takes away those of processes that were killed before they could."""
+    for left in Path("/tmp").glob("distft-ray-*-*"):
+        pid = left.name.split("-")[2]
+        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    for meeting in Path("/tmp").glob("distft-group-*"):
+        with suppress(OSError):
+            if time.time() - meeting.stat().st_mtime > DAY:
+                meeting.unlink()
+    return tempfile.mkdtemp(prefix=f"distft-ray-{os.getpid()}-", dir="/tmp")
 
 
 def _close_doors() -> None:

@@ -20,9 +20,8 @@ from distft.engine.head import TrainedModel, measure_batch
 from distft.engine.load import LanguageModel
 from distft.engine.world import World
 from distft.errors import TrainingError
-from distft.objectives.loss import TokenValues
+from distft.objectives.loss import PARTS, TokenValues
 
-PARTS = ("ce", "kl", "rkl", "entropy")
 FIGURES = ("sums", "counts", "masses")
 
 
@@ -61,6 +60,13 @@ class LocalEngine:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._drop_gradients()
             raise TrainingError(f"The loss is {loss} and the gradient norm {grad_norm}; nothing was updated.")
+        if not figures[FIGURES.index("counts")].any():
+            # a rule that counts every token may still give none a weight, and an update would then be weight decay and old momentum
+            self._drop_gradients()
+            raise TrainingError(
+                f"No token has a weight: the objective trains none of the {normaliser:.0f} that count; nothing was updated.",
+                help="Raise train.tokens_per_step, or loosen the objective's selection.",
+            )  # fmt: skip
         if self.clip is not None and grad_norm > self.clip:
             for gradient in gradients:
                 gradient.mul_(self.clip / grad_norm)

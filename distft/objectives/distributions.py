@@ -5,6 +5,7 @@ Shapes: N tokens, C of them in a chunk, V head rows, T the teacher's width, M ke
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 LOWEST = -1e4
 """Smallest log-probability that is compared: some models give tokens that they never say a logit of -inf."""
+
+BLOCKS = 16
+"""Into so many blocks of rows a chunk is cut where a step needs room beside its buffers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +40,10 @@ class LogitShape:
         return logits_CV
 
     def back(self, grad_CV: Tensor, logits_CV: Tensor | None) -> Tensor:
-        """The gradient through `logits`, in place. `logits_CV` is needed for soft-capping alone."""
+        """The gradient through `logits`, in place. `logits_CV` is needed for soft-capping alone, and consumed."""
         if self.softcap is not None:
             assert logits_CV is not None, "soft-capping needs the logits again"
-            grad_CV *= 1 - (logits_CV / self.softcap).square()
+            grad_CV *= logits_CV.div_(self.softcap).square_().neg_().add_(1)
         if self.scale != 1.0:
             grad_CV *= self.scale
         return grad_CV
@@ -99,7 +103,15 @@ class DenseHead:
         logits_CV = self.shape.logits(hidden_CT, self.weight_VT, self.bias_V)
         if temperature != 1.0:
             logits_CV /= temperature
-        return logits_CV.sub_(logits_CV.logsumexp(1, keepdim=True)).clamp_min_(LOWEST)
+        for rows in blocks(len(logits_CV)):
+            logits_CV[rows] -= logits_CV[rows].logsumexp(1, keepdim=True)
+        return logits_CV.clamp_min_(LOWEST)
+
+
+def blocks(rows: int) -> Iterator[slice]:
+    """A chunk's rows a few at a time: what is made for a block is small beside a buffer of the chunk."""
+    size = max(1, -(-rows // BLOCKS))
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,14 +119,28 @@ class DenseRows:
     """A teacher's hidden states for N tokens, from which its head makes the whole distribution again."""
 
     hidden_NT: Tensor
+    """Of the tokens that are held, in order, and of no others."""
     head: DenseHead
+    held_N: Tensor | None = None
+    """Which tokens are held; the others say nothing about p, and their divergences are 0. None: all are."""
 
     def chunk(self, start: int, stop: int) -> DenseRows:
-        return DenseRows(hidden_NT=self.hidden_NT[start:stop], head=self.head)
+        """Rows start to stop. Two syncs of the device a chunk, unless all are held."""
+        if self.held_N is None:
+            return DenseRows(hidden_NT=self.hidden_NT[start:stop], head=self.head)
+        first = int(self.held_N[:start].sum())
+        last = first + int(self.held_N[start:stop].sum())
+        return DenseRows(hidden_NT=self.hidden_NT[first:last], head=self.head, held_N=self.held_N[start:stop])
 
     def select(self, row_K: Tensor, held_K: Tensor) -> DenseRows:
-        """The rows with these numbers."""
-        return DenseRows(hidden_NT=self.hidden_NT[row_K], head=self.head)
+        """The rows with these numbers, ascending; those that are not held say nothing."""
+        if self.held_N is not None:
+            held_K = held_K & self.held_N[row_K]
+        chosen_N = torch.zeros(len(self.hidden_NT if self.held_N is None else self.held_N), dtype=torch.bool, device=row_K.device)
+        chosen_N[row_K] = held_K
+        chosen = chosen_N if self.held_N is None else chosen_N[self.held_N]
+        return DenseRows(hidden_NT=self.hidden_NT[chosen], head=self.head, held_N=held_K)
 
     def to(self, device: torch.device) -> DenseRows:
-        return DenseRows(hidden_NT=self.hidden_NT.to(device, non_blocking=True), head=self.head.to(device))
+        held_N = None if self.held_N is None else self.held_N.to(device, non_blocking=True)
+        return DenseRows(hidden_NT=self.hidden_NT.to(device, non_blocking=True), head=self.head.to(device), held_N=held_N)

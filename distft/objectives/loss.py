@@ -9,16 +9,18 @@ Both KLs are over the k+1 categories {kept tokens, everything else}. By the data
 divergence over the whole vocabulary, never negative, and equal to it when every token is kept. A teacher whose hidden states and
 head are at hand (`DenseRows`) is compared over the whole vocabulary, exactly.
 
-How a chunk is computed stands in `objectives/chunk.py`. No tensor larger than [chunk, vocabulary] is made, and the gradients of h and
-W are finished in the forward pass, so that a sharded engine gathers W once. The sum over chunks runs in a fixed order: equal inputs
-give equal bits. Weights may follow from the student itself (`Targets.live`): they are decided chunk by chunk, between value and
-gradient, and are constants to the gradient.
+How a chunk is computed stands in `objectives/chunk.py` and `objectives/whole.py`. Logits are never alive for more tokens than a
+chunk's, and all buffers of a chunk together stay within BUFFER_BYTES; beside them there is the gradient of W, summed in float32. The
+gradients of h and W are finished in the forward pass, so that a sharded engine gathers W once. The sum over chunks runs in a fixed
+order: equal inputs give equal bits. Weights may follow from the student itself (`Targets.live`): they are decided chunk by chunk,
+between value and gradient, and are constants to the gradient.
 
 Shapes: N tokens, C of them in a chunk, V head rows, D hidden width, M kept teacher entries over all tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -26,11 +28,21 @@ import torch
 from torch import Tensor
 
 from distft.objectives.chunk import Chunk
-from distft.objectives.distributions import DenseRows, LogitShape, SparseRows
+from distft.objectives.distributions import BLOCKS, DenseRows, LogitShape, SparseRows
 from distft.objectives.treatment import LiveField
+from distft.objectives.whole import WholeChunk
+
+PARTS = ("ce", "kl", "rkl", "entropy")
+"""The loss's four, and the order of their columns."""
 
 CHUNK_BYTES = 1 << 27
-"""Bytes of one [chunk, vocabulary] float32 buffer; two or three of them are alive at a time."""
+"""Bytes of one [chunk, vocabulary] float32 buffer of scoring."""
+BUFFER_BYTES = 1 << 29
+"""Bytes of all buffers of one chunk of training, however many of them its weights and its teacher take (`buffers`)."""
+LEAST_TOKENS, MOST_TOKENS = 16, 1024
+"""Bounds of a chunk: below the first the output head would be read for next to nothing, above the second nothing is gained."""
+WEIGHT_ROWS = 8_192
+"""Rows of W whose gradient is made at a time where it is not summed in its own dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +83,8 @@ class Targets:
     teacher: SparseRows | DenseRows | None
     """None: no token has a weight on a divergence."""
     temperature: float = 1.0
-    """Of both sides of a divergence; other than 1 only against a dense teacher."""
+    """Of both sides of a divergence, in values as in gradients; other than 1 only against a dense teacher. Any factor that makes up
+    for a temperature is part of the weights."""
     live: Live | None = None
     """Decides all weights in the place of the four columns; never gives one on the entropy, whose gradient needs to be planned for."""
 
@@ -98,8 +111,20 @@ class TokenValues:
 
 
 def chunk_tokens(rows: int) -> int:
-    """Tokens per chunk for a head of so many rows."""
-    return max(16, min(1024, CHUNK_BYTES // (4 * rows)))
+    """Tokens per chunk of scoring, for a head of so many rows."""
+    return max(LEAST_TOKENS, min(MOST_TOKENS, CHUNK_BYTES // (4 * rows)))
+
+
+def buffers(shape: LogitShape, *, dense: bool, half: bool) -> float:
+    """How many [chunk, vocabulary] float32 buffers are alive at a time: the logits, which become their gradient; the teacher's, where
+    hidden states are kept; the logits again where a soft cap needs them; half of one where products are rounded; blocks of rows."""
+    return 1 + dense + (shape.softcap is not None) + 0.5 * half + 6 / BLOCKS
+
+
+def loss_chunk(shape: LogitShape, teacher: SparseRows | DenseRows | None, dtype: torch.dtype) -> int:
+    """Tokens per chunk of training."""
+    count = buffers(shape, dense=isinstance(teacher, DenseRows), half=dtype != torch.float32)
+    return max(LEAST_TOKENS, min(MOST_TOKENS, int(BUFFER_BYTES / (4 * count * shape.rows))))
 
 
 def token_loss(
@@ -110,7 +135,7 @@ def token_loss(
     The caller divides by the step's normaliser (law 7): nothing here knows how many tokens other ranks or micro-batches have.
     """
     loss, ce_N, kl_N, rkl_N, entropy_N, *decided = _TokenLoss.apply(
-        hidden_ND, weight_VD, bias_V, targets, shape, chunk or chunk_tokens(shape.rows)
+        hidden_ND, weight_VD, bias_V, targets, shape, chunk or loss_chunk(shape, targets.teacher, hidden_ND.dtype)
     )  # pyright: ignore[reportGeneralTypeIssues]  (autograd functions are untyped)
     columns = dict(zip(("ce_N", "kl_N", "rkl_N", "entropy_N"), decided, strict=True))
     return loss, TokenValues(ce_N=ce_N, kl_N=kl_N, rkl_N=rkl_N, entropy_N=entropy_N, weights=Weights(**columns))
@@ -118,23 +143,34 @@ def token_loss(
 
 def measure(
     hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets: Targets, *, shape: LogitShape,
-    wanted: frozenset[LiveField] = frozenset(),
+    wanted: frozenset[LiveField] = frozenset(), chunk: int | None = None,
 ) -> TokenValues:  # fmt: skip
     """Each token's values, with no gradient; the weights in `targets` do not matter."""
-    size = chunk_tokens(shape.rows)
-    asked = [name for name in ("entropy", "top_entropy") if name in wanted]
-    columns: dict[str, list[Tensor]] = {name: [] for name in ("ce", "kl", "rkl", *asked)}
+    size = chunk or loss_chunk(shape, targets.teacher, hidden_ND.dtype)
+    asked = wanted & {"entropy", "top_entropy"}
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("ce", "kl", "rkl", *sorted(asked))}
     with torch.no_grad():
-        for start in range(0, len(hidden_ND), size):
-            rows = slice(start, min(start + size, len(hidden_ND)))
-            teacher = targets.teacher and targets.teacher.chunk(rows.start, rows.stop)
-            logits_CV = shape.logits(hidden_ND[rows], weight_VD, bias_V)
-            part = Chunk(logits_CV, targets.labels_N[rows], teacher, keep_logits=bool(asked), temperature=targets.temperature)
+        for rows in _chunks(len(hidden_ND), size):
+            part = _compare(shape.logits(hidden_ND[rows], weight_VD, bias_V), targets, rows, asked)
             for name, column in columns.items():
                 column.append(part.value(name))
+            del part  # its buffers, before those of the next
     empty = hidden_ND.new_zeros(0, dtype=torch.float32)
     found = {f"{name}_N": torch.cat([empty, *column]) for name, column in columns.items()}
     return TokenValues(**{"entropy_N": None, **found})
+
+
+def _chunks(tokens: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+
+def _compare(logits_CV: Tensor, targets: Targets, rows: slice, asked: frozenset[str]) -> Chunk | WholeChunk:
+    """A chunk in the buffer of its logits."""
+    teacher, labels_C = targets.teacher and targets.teacher.chunk(rows.start, rows.stop), targets.labels_N[rows]
+    if isinstance(teacher, DenseRows):
+        return WholeChunk(logits_CV, labels_C, teacher, asked=asked, temperature=targets.temperature)
+    assert targets.temperature == 1.0 or teacher is None, "what a cache left out cannot be softened"
+    return Chunk(logits_CV, labels_C, teacher, asked=asked)
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -144,38 +180,34 @@ class _TokenLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
         live = targets.live
         wants_entropy = live is None and bool((targets.entropy_N != 0).any())
-        keep = wants_entropy or shape.softcap is not None or bool(live and live.fields & {"entropy", "top_entropy"})
         weights = targets.weights if live is None else _blank(hidden_ND)
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         values = [hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32) for _ in range(4)]
 
-        for start in range(0, len(hidden_ND), size):
-            rows = slice(start, min(start + size, len(hidden_ND)))
-            teacher = targets.teacher and targets.teacher.chunk(rows.start, rows.stop)
+        for rows in _chunks(len(hidden_ND), size):
             logits_CV = shape.logits(hidden_ND[rows], weight_VD, bias_V)
-            chunk = Chunk(logits_CV, targets.labels_N[rows], teacher, keep_logits=keep, temperature=targets.temperature)
-            for column, value_C in zip(values, (chunk.ce_C, chunk.kl_C, chunk.rkl_C), strict=False):
-                column[rows] = value_C
+            seen_CV = logits_CV.clone() if shape.softcap is not None else None
+            asked = frozenset({"entropy"}) if wants_entropy else live.fields if live is not None else frozenset()
+            chunk = _compare(logits_CV, targets, rows, asked)
+            told = PARTS if wants_entropy else PARTS[:3]
+            for column, name in zip(values, told, strict=False):
+                column[rows] = chunk.value(name)
             given = weights.chunk(rows)
             if live is not None:
                 decided = live.decide(rows, {name: chunk.value(name) for name in live.fields})
                 for name in ("ce_N", "kl_N", "rkl_N"):
                     getattr(given, name).copy_(getattr(decided, name))
-            entropy_grad_CV = None
-            if wants_entropy:
-                values[3][rows] = chunk.value("entropy")
-                entropy_grad_CV = chunk.entropy_gradient(values[3][rows], given.entropy_N)
-            grad_CV = chunk.gradient(given.ce_N, given.kl_N, given.rkl_N)
-            if entropy_grad_CV is not None:
-                grad_CV += entropy_grad_CV
-            grad_CV = shape.back(grad_CV, chunk.logits_CV)
+            bonus_C = given.entropy_N if wants_entropy else None
+            grad_CV = shape.back(chunk.gradient(given.ce_N, given.kl_N, given.rkl_N, bonus_C), seen_CV)
+            del logits_CV, seen_CV, chunk  # the buffers, before those of the next chunk
             if grad_bias_V is not None:
                 grad_bias_V[: shape.rows] += grad_CV.sum(0)
             grad_CV = grad_CV.to(weight_VD.dtype)
             grad_hidden_ND[rows] = grad_CV @ weight_VD[: shape.rows]
             _add_product(grad_weight_VD[: shape.rows], grad_CV, hidden_ND[rows])
+            del grad_CV
 
         ce_N, kl_N, rkl_N, entropy_N = values
         loss = (weights.ce_N * ce_N).sum() + (weights.kl_N * kl_N).sum() + (weights.rkl_N * rkl_N).sum()
@@ -203,11 +235,14 @@ def _scaled(grad: Tensor, factor: float) -> Tensor:
 
 
 def _add_product(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
-    """total += grad^T hidden, accumulated in float32 whatever the inputs are."""
+    """total += grad^T hidden, summed in float32 whatever the inputs are. What each chunk adds is rounded to the inputs' dtype, for a
+    few rows of the head at a time: whole, it would be as large as the head."""
     if grad_CV.dtype == torch.float32:
         total_VD.addmm_(grad_CV.T, hidden_CD)
-    else:
-        total_VD += (grad_CV.T @ hidden_CD).float()
+        return
+    for start in range(0, len(total_VD), WEIGHT_ROWS):
+        rows = slice(start, start + WEIGHT_ROWS)
+        total_VD[rows] += grad_CV[:, rows].T @ hidden_CD
 
 
 def _blank(hidden_ND: Tensor) -> Weights:

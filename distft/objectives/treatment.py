@@ -153,6 +153,12 @@ class ObjectiveRule(Section):
         return self.prompt_kl > 0
 
     @property
+    def holds(self) -> bool:
+        """True when any token that is learned from may get a weight on KL(q||p) or KL(p||q). A rule that only reads one of them needs
+        the distribution and holds nothing."""
+        return type(self).needs_distribution is not ObjectiveRule.needs_distribution
+
+    @property
     def needs_tail(self) -> bool:
         """True when any token may get a weight on KL(p||q), or when `treat` reads it. It asks the teacher about all that the student
         would say: draws from the teacher cannot answer."""
@@ -170,7 +176,8 @@ class ObjectiveRule(Section):
 
     @property
     def softening(self) -> float:
-        """The temperature of both sides of every divergence. Other than 1, it asks the teacher about the whole vocabulary."""
+        """The temperature of both sides of every divergence, whose square the weights are to hold. Other than 1, it asks the teacher
+        about the whole vocabulary."""
         return 1.0
 
     @property
@@ -213,5 +220,5 @@ class ObjectiveRule(Section):
         """The weight of KL(q||p) on each of a document's `prompt` tokens, which are of group 0 and count nothing:
         prompt_kl * supervised / prompt. The document then adds supervised * (mean over the answer + prompt_kl * mean over the prompt)
         to the step, however long its prompt is. For `stm`, whose answer is a mean over kept tokens alone, `supervised` is what the
-        document counts."""
-        return self.prompt_kl * supervised / prompt if prompt else 0.0
+        document counts. A temperature's square is part of it, as it is in `kd`."""
+        return self.prompt_kl * self.softening**2 * supervised / prompt if prompt else 0.0

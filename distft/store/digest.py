@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distft.errors import MissingArtifactError, StoreError
+from distft.store.local import exclusively
 
 YOUNG_SECONDS = 2.0
 """A file touched this recently may change again without its times changing, so its digest is not kept (git does the same)."""
@@ -23,6 +24,8 @@ MEMO_ENTRIES = 20_000
 
 _DOCUMENT_TAG = b"distft document v1\0"
 _known: dict[str, str] = {}
+_read: tuple[object, ...] = ()
+"""Which memo `_known` holds: its path and what tells one state of it from the next."""
 
 
 def document_digest(tokens: npt.NDArray[np.uint32], supervised: npt.NDArray[np.bool_]) -> str:
@@ -49,7 +52,7 @@ def files_sha256(paths: Iterable[Path]) -> dict[Path, str]:
     """sha256 of each file. Digests are remembered across runs by (device, inode, size, mtime, ctime): a model of 140 GB is hashed
     once. Nothing can be written to a file without its ctime changing, even where its mtime is put back."""
     wanted = list(dict.fromkeys(paths))
-    _known.update(_read_memo())
+    _recall()
     learnt: dict[str, str] = {}
 
     def digest(path: Path) -> str:
@@ -97,11 +100,27 @@ def memo_path() -> Path:
     return cache / "distft" / "digests.json"
 
 
-def _read_memo() -> dict[str, str]:
+def _recall() -> None:
+    """Takes up what the memo says, unless this process has read it as it is now: parsing thousands of digests takes a while."""
+    global _read
+    with contextlib.suppress(OSError, StoreError):
+        path = memo_path()
+        state = _state(path)
+        if state != _read:
+            _known.update(_read_memo(path))
+            _read = state  # of before it was read: what came in between is read the next time
+
+
+def _state(path: Path) -> tuple[object, ...]:
+    seen = path.stat()
+    return (path, seen.st_ino, seen.st_size, seen.st_mtime_ns)
+
+
+def _read_memo(path: Path) -> dict[str, str]:
     # A memo that is absent, unreadable or nonsense costs time, nothing else.
     try:
-        memo = json.loads(memo_path().read_bytes())
-    except (OSError, ValueError, StoreError):
+        memo = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
     digests = memo.get("digests") if isinstance(memo, dict) and memo.get("version") == 1 else None
     if not isinstance(digests, dict):
@@ -110,14 +129,18 @@ def _read_memo() -> dict[str, str]:
 
 
 def _write_memo(learnt: dict[str, str]) -> None:
-    merged = {**_read_memo(), **learnt}
-    newest = dict(list(merged.items())[-MEMO_ENTRIES:])
+    """Adds to the memo, of which those learnt longest ago go. Of processes that do so at once none loses what another has learnt."""
+    global _read
     with contextlib.suppress(OSError, StoreError):
         path = memo_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-        try:
-            partial.write_text(json.dumps({"version": 1, "digests": newest}))
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with exclusively(path.with_name(f"{path.name}.lock")):
+            before = {key: value for key, value in _read_memo(path).items() if key not in learnt}
+            newest = dict([*before.items(), *learnt.items()][-MEMO_ENTRIES:])
+            partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+            try:
+                partial.write_text(json.dumps({"version": 1, "digests": newest}))
+                os.replace(partial, path)
+                _known.update(newest)
+                _read = _state(path)
+            finally:
+                partial.unlink(missing_ok=True)

@@ -195,17 +195,35 @@ class LocalLocation(Location):
 
 
 @contextlib.contextmanager
-def exclusively(path: Path) -> Iterator[None]:
-    """One process of this machine at a time, by a lock file at `path`; freed by the system when its holder dies. For staging
-    alone: a store has no locks."""
-    with explained("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)  # another user's will do
+def exclusively(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """One process or thread of this machine at a time, by a lock file at `path`; freed by the system when its holder dies. Without
+    `wait`, False where another holds it. Whoever holds it may remove the lock file. For staging and memos alone: a store has no
+    locks."""
+    descriptor, held = _locked(path, wait)
     try:
-        with contextlib.suppress(OSError):  # some network mounts lock nothing; then work may be done twice, never wrongly
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield held
     finally:
+        os.close(descriptor)
+
+
+def _locked(path: Path, wait: bool) -> tuple[int, bool]:
+    """The open lock file, and whether it is ours. A lock on a file that has lost its name keeps nobody out: it is taken anew."""
+    while True:
+        with explained("write", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)  # another user's will do
+        try:
+            with contextlib.suppress(OSError):  # some network mounts lock nothing; then work may be done twice, never wrongly
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return descriptor, False
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor, True
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
 
 

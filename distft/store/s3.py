@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from distft.errors import CorruptArtifactError, DistftError, MissingArtifactError, StoreError
+from distft.progress import say
 from distft.store.location import PARTIAL, Location, check_name, is_partial
 from distft.store.trouble import Trouble, WrongBytesError, understand
 
@@ -40,15 +41,22 @@ SCRATCH = "distft-scratch-"
 SCRATCH_SECONDS = 86_400.0
 """So long after the last write to it a scratch file is one that its writer, killed since, has left."""
 
-PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
-"""Seconds between tries. A server that never answered this process gets the first three alone: a wrong address is told soon."""
+LONGEST_PAUSE = 30.0
+PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, *(LONGEST_PAUSE,) * 5)
+"""Seconds between tries, three minutes in all: a bucket that many processes meet slows them down for longer than a moment. A server
+that never answered this process gets the first three alone: a wrong address is told soon."""
+
+TOLD_AFTER = 15.0
+"""Seconds of waiting for one request after which the user is told, and between two such lines of a process."""
 
 REREADS = 2
-"""Tries after the first of a request whose bytes were wrong: on their way they are wrong once, in the store always."""
+"""Tries after the first of a request whose bytes were wrong, whatever else it suffers: on their way they are wrong once, in the store
+always."""
 
 _clients: dict[tuple[object, ...], S3FileSystem] = {}
 _lock = threading.Lock()
 _answered: set[str] = set()
+_told_at = float("-inf")
 
 
 class S3Location(Location):
@@ -201,10 +209,15 @@ class S3Location(Location):
         for page in self._pages("list_multipart_uploads", ""):
             for upload in page.get("Uploads", ()):
                 if max(0.0, _now(page) - upload["Initiated"].timestamp()) >= older_than_seconds:
-                    if not dry_run:
-                        self._call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
-                    swept.append(upload["Key"].removeprefix(self._below))
+                    name = upload["Key"].removeprefix(self._below)
+                    with contextlib.suppress(MissingArtifactError):  # done by now, or swept by another
+                        if not dry_run:
+                            self._abort(upload["Key"], upload["UploadId"], name)
+                        swept.append(name)
         return sorted(swept)
+
+    def _abort(self, key: str, upload: str, name: str) -> None:
+        self._patiently(lambda: self._call("abort_multipart_upload", Key=key, UploadId=upload), "delete", name)
 
     def _probe(self) -> None:
         name = f"{PARTIAL}{uuid.uuid4().hex}"
@@ -298,7 +311,7 @@ class S3Location(Location):
 
     def _patiently(self, attempt: Callable[[], T], verb: str, name: str) -> T:
         """The result of a request, asked again, a bounded number of times, while the trouble may pass."""
-        tries = 0
+        tries, rereads, began = 0, 0, time.monotonic()
         while True:
             try:
                 result = attempt()
@@ -308,14 +321,20 @@ class S3Location(Location):
                 trouble = understand(error)
                 if trouble is Trouble.OTHER and not isinstance(error, OSError):
                     raise  # not the store's doing: a bug keeps its traceback
-                known = _endpoint() in _answered
-                if not trouble.passing or tries >= (REREADS if trouble is Trouble.GARBLED else len(PAUSES) if known else 3):
+                known = trouble is Trouble.BUSY or _endpoint() in _answered  # who is busy is there
+                garbled = trouble is Trouble.GARBLED
+                spent, most = (rereads, REREADS) if garbled else (tries, len(PAUSES) if known else 3)
+                if not trouble.passing or spent >= most:
                     raise self._told(trouble, verb, name, error) from error
+                why = trouble.explain(endpoint=_endpoint(), bucket=self.bucket, error=error)[0]
             else:
                 _answered.add(_endpoint())
                 return result
-            time.sleep(PAUSES[tries] * random.uniform(0.5, 1.5))
-            tries += 1
+            pause = min(LONGEST_PAUSE, PAUSES[spent] * random.uniform(0.5, 1.5))
+            if time.monotonic() + pause - began >= TOLD_AFTER:
+                _say_waiting(why)
+            time.sleep(pause)
+            tries, rereads = tries + (not garbled), rereads + garbled
 
     def _missing(self, name: str) -> MissingArtifactError:
         return MissingArtifactError(f"no file {self._of(name)}", where=self.url)
@@ -326,6 +345,16 @@ class S3Location(Location):
         kind = CorruptArtifactError if trouble is Trouble.GARBLED else StoreError
         what, help = trouble.explain(endpoint=_endpoint(), bucket=self.bucket, error=error)
         return kind(f"cannot {verb} {self._of(name)}: {what}", where=self.url, help=help)
+
+
+def _say_waiting(why: str) -> None:
+    """One line now and then, however many requests wait at once."""
+    global _told_at
+    with _lock:
+        due = time.monotonic() - _told_at >= TOLD_AFTER
+        _told_at = time.monotonic() if due else _told_at
+    if due:
+        say(f"Waiting for the store: {why}. Tries go on for about {sum(PAUSES) / 60:.0f} minutes.")
 
 
 def _clean(folder: Path) -> None:

@@ -1,11 +1,13 @@
 """The teacher cache as training reads it: by a document's digest, from files that were verified first.
 
 Shards are compressed in the store; opening a cache writes each one uncompressed to local staging, once, from where documents are
-memory-mapped. So random order costs a read, not the decoding of a batch, and memory does not grow with the cache.
+memory-mapped. So random order costs a read, not the decoding of a batch, and memory does not grow with what the teacher said. It grows
+by 24 bytes for each document and rank, for where it is, and by a few for its batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ from distft.objectives.treatment import Signals
 from distft.store.location import Location
 from distft.store.manifest import Manifest, read_manifest
 from distft.store.nearest import nearest
-from distft.store.shards import read_shard
 from distft.teacher.coverage import how_to_exclude, places_of, quarantine_text, quarantined_rows
 from distft.teacher.encode import PlainShard
 from distft.teacher.head_copy import dense_rows, read_head
@@ -35,7 +36,7 @@ from distft.teacher.identity import (
     teacher_folder,
 )
 from distft.teacher.scores import Scores
-from distft.teacher.staging import make_room, staged
+from distft.teacher.staging import open_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ class TeacherCache:
     sampled: bool
     """Whether its distributions are draws, so that divergences from them are estimates."""
     shards: list[PlainShard]
-    places: dict[str, tuple[int, int]]
+    places: Mapping[str, tuple[int, int]]
+    """Shard and row of each document."""
     head: DenseHead | None
     """The teacher's output head, where hidden states are kept."""
 
@@ -70,17 +72,12 @@ class TeacherCache:
                 f"The teacher could not read {len(rows):,} of the corpus's {len(wanted):,} documents:\n{quarantine_text(rows)}",
                 where=f"{rows[0]['file']}:{rows[0]['row']}", help=how_to_exclude(rows, corpus),
             )  # fmt: skip
-        paths = [staged(folder, entry, staging) for entry in coverage.files]
-        make_room(staging, paths)
-        shards = [PlainShard(read_shard(path), where=folder.url) for path in paths]
-        places: dict[str, tuple[int, int]] = {}
-        for number, shard in enumerate(shards):
-            for row, digest in enumerate(shard.digests):
-                places.setdefault(digest, (number, row))
-        absent = wanted - places.keys()
+        shards = open_shards(folder, coverage.files, staging)
+        places = Places(shards)
+        absent = places.absent(wanted)
         if absent:
             raise CorruptArtifactError(
-                f"{len(absent)} documents that the coverage promises are in none of its {len(shards)} shards.", where=folder.url,
+                f"{absent} documents that the coverage promises are in none of its {len(shards)} shards.", where=folder.url,
                 help="Remove the file under coverage/ and run `distft score` again.",
             )  # fmt: skip
         kind = identity["distribution"]["kind"]
@@ -117,6 +114,61 @@ class TeacherCache:
         """The same for its supervised tokens alone."""
         scores = self.scores(document)
         return scores.select(document.supervised[scores.positions.astype(np.int64)])
+
+
+class Places(Mapping[str, tuple[int, int]]):
+    """Shard and row by digest, where a document that is in several shards is in the first: sorted arrays, 24 bytes for a document."""
+
+    def __init__(self, shards: Sequence[PlainShard]) -> None:
+        raw = [_binary(shard.digests(), shard.where) for shard in shards]
+        every_N = np.concatenate([np.empty(0, _BINARY), *raw])
+        order_N = np.argsort(every_N, kind="stable")
+        sorted_N = every_N[order_N]
+        first_N = np.ones(len(sorted_N), np.bool_)
+        first_N[1:] = sorted_N[1:] != sorted_N[:-1]
+        kept_M = order_N[first_N]
+        starts = np.cumsum([0, *(len(one) for one in raw)])
+        self._digests = sorted_N[first_N]
+        self._shards = (np.searchsorted(starts, kept_M, side="right") - 1).astype(np.int32)
+        self._rows = (kept_M - starts[self._shards]).astype(np.int32)
+
+    def __getitem__(self, digest: str) -> tuple[int, int]:
+        try:
+            wanted = np.frombuffer(bytes.fromhex(digest), _BINARY)
+        except ValueError:
+            raise KeyError(digest) from None
+        at = int(np.searchsorted(self._digests, wanted)[0]) if len(wanted) == 1 else len(self)
+        if at == len(self) or self._digests[at] != wanted[0]:
+            raise KeyError(digest)
+        return int(self._shards[at]), int(self._rows[at])
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def __iter__(self) -> Iterator[str]:
+        whole = self._digests.tobytes()
+        return (whole[at : at + _BINARY.itemsize].hex() for at in range(0, len(whole), _BINARY.itemsize))
+
+    def absent(self, digests: Collection[str]) -> int:
+        """How many of these digests it does not have."""
+        wanted = _binary(digests, "the corpus")
+        at = np.searchsorted(self._digests, wanted)
+        there = at < len(self)
+        there[there] = self._digests[at[there]] == wanted[there]
+        return len(wanted) - int(there.sum())
+
+
+_BINARY = np.dtype("S16")
+"""A digest's bytes. numpy takes zeros at the end for padding, which among texts of one length tells all of them apart."""
+
+
+def _binary(digests: Collection[str], where: str) -> npt.NDArray[np.bytes_]:
+    try:
+        if any(len(digest) != 2 * _BINARY.itemsize for digest in digests):
+            raise ValueError("one is of another length")
+        return np.frombuffer(bytes.fromhex("".join(digests)), _BINARY)
+    except ValueError as error:
+        raise CorruptArtifactError(f"A document's name is no digest of 32 hex digits: {error}.", where=where) from error
 
 
 def not_finite(scores: Scores, hidden: torch.dtype) -> list[str]:

@@ -7,7 +7,11 @@ The ids and log-probabilities of a document lie flat, `counts` of them per token
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -15,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distft.errors import CorruptArtifactError
+from distft.store.shards import open_shard, read_shard
 from distft.teacher.scores import Scores
 
 DOCUMENTS_PER_BATCH = 64
@@ -72,33 +77,44 @@ class RecordBatches:
 
 
 class PlainShard:
-    """The documents of a shard in plain form, by row. What a row costs beyond its bytes is a few slices: offsets and values are
-    looked up once per batch, not once per document."""
+    """The documents of a shard in plain form, by row. It holds a few numbers per batch: what a batch says is looked up when one of its
+    documents is read, without copying."""
 
     def __init__(self, table: pa.Table, *, where: str) -> None:
-        if table.schema.names != SCHEMA.names:
-            raise CorruptArtifactError(f"Columns {table.schema.names} are not those of a teacher shard.", where=where)
-        self.where = where
-        self.digests: list[str] = table.column("digest").to_pylist()
-        self.tokens: list[int] = table.column("tokens").to_pylist()
-        self._batches = [
-            {name: (column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True)) for name, column in batch.items()}
-            for batch in ({name: batch.column(name) for name in COLUMNS} for batch in table.to_batches())
-        ]
-        self._starts = np.cumsum([0, *(len(batch["positions"][0]) - 1 for batch in self._batches)])
+        batches = table.to_batches()
+        self._open(table.schema, batches, batches.__getitem__, where)
+
+    @classmethod
+    def mapped(cls, path: Path, *, where: str) -> PlainShard:
+        """A file that is memory-mapped, and checked down to its last offset once. The map survives the file's name."""
+        shard, reader = cls.__new__(cls), open_shard(path)
+        batches = read_shard(path).to_batches()
+        shard._open(reader.schema, batches, reader.get_batch, where)
+        return shard
+
+    def _open(self, schema: pa.Schema, batches: list[pa.RecordBatch], batch: Callable[[int], pa.RecordBatch], where: str) -> None:
+        if schema.names != SCHEMA.names or not schema.equals(SCHEMA, check_metadata=False):
+            raise CorruptArtifactError(f"Columns {schema.names} are not those of a teacher shard.", where=where)
+        if any(column.null_count or _values(column).null_count for one in batches for column in one.columns):
+            raise CorruptArtifactError("A teacher shard has values that are missing.", where=where)
+        self.where, self._batch, self._count = where, batch, len(batches)
+        self._last: tuple[int, _Batch] | None = None
+        self._starts = [0, *accumulate(len(one) for one in batches)]
 
     def __len__(self) -> int:
-        return len(self.digests)
+        return self._starts[-1]
+
+    def digests(self) -> list[str]:
+        """Of all documents, read anew each time."""
+        return [digest for at in range(self._count) for digest in self._batch(at).column("digest").to_pylist()]
 
     def read(self, row: int) -> tuple[str, int, Scores]:
         """One document: its digest, token count and scores, without copying. Lengths and counts are checked before they are used."""
         if not 0 <= row < len(self):
             raise IndexError(row)
-        at = int(np.searchsorted(self._starts, row, side="right")) - 1
-        place = row - int(self._starts[at])
-        columns: dict[str, npt.NDArray[Any]] = {}
-        for name, (offsets, values) in self._batches[at].items():
-            columns[name] = values[offsets[place] : offsets[place + 1]]
+        number = bisect_right(self._starts, row) - 1
+        batch, place = self._opened(number), row - self._starts[number]
+        columns = {name: batch.lists[name].row(place, kind) for name, kind in _KINDS.items()}
         scores = Scores(**columns)
         tokens = len(scores.positions)
         uneven = [name for name in ("label_logprob", "entropy", "rank", "tail", "counts") if len(columns[name]) != tokens]
@@ -110,4 +126,46 @@ class PlainShard:
                 f"Row {row} has {tokens} positions, other columns of another length ({', '.join(uneven) or 'none'}), and promises "
                 f"{kept} entries where {len(scores.ids)} ids and {len(scores.logprobs)} log-probabilities are.", where=self.where,
             )  # fmt: skip
-        return self.digests[row], self.tokens[row], scores
+        return batch.digest[place].as_py(), batch.tokens[place].as_py(), scores
+
+    def _opened(self, number: int) -> _Batch:
+        """The batch, for whose next document, if that is the next to be read, nothing is looked up again."""
+        last = self._last
+        if last is None or last[0] != number:
+            last = self._last = (number, _Batch(self._batch(number)))
+        return last[1]
+
+
+_KINDS: dict[str, np.dtype[Any]] = {name: np.dtype(kind.to_pandas_dtype()) for name, kind in COLUMNS.items()}
+_START_AND_END = Struct("=ii").unpack_from
+
+
+class _Batch:
+    """A batch taken apart."""
+
+    __slots__ = ("digest", "lists", "tokens")
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.digest, self.tokens, *lists = batch.columns
+        self.lists = dict(zip(COLUMNS, (_Lists(column) for column in lists), strict=True))
+
+
+class _Lists:
+    """A list column without nulls. Straight from its buffers: `to_numpy` takes ten times as long."""
+
+    __slots__ = ("first", "first_value", "offsets", "values")
+
+    def __init__(self, column: pa.ListArray) -> None:
+        _, self.offsets, _, self.values = column.buffers()
+        self.first, self.first_value = column.offset, column.values.offset
+
+    def row(self, row: int, kind: np.dtype[Any]) -> npt.NDArray[Any]:
+        """A view of one list."""
+        start, end = _START_AND_END(self.offsets, 4 * (self.first + row))
+        if start == end:
+            return np.empty(0, kind)
+        return np.frombuffer(self.values, kind, end - start, (self.first_value + start) * kind.itemsize)
+
+
+def _values(column: pa.Array) -> pa.Array:
+    return column.values if isinstance(column, pa.ListArray) else column

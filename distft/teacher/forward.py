@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +52,7 @@ def score_documents(
     block = max(8, CACHED_BYTES // (4 * model.shape.rows)) if device.type == "cpu" else size
     points_ND = torch.from_numpy(_points(documents, positions, distribution)).to(device) if _samples(distribution) else None
     scratch = Scratch() if device.type == "cpu" else None
-    parts, words = [], []
+    found = _Columns(len(predictor_N))
     for start in range(0, len(predictor_N), size):
         rows = slice(start, start + size)
         hidden_CD = hidden_PD.index_select(0, predictor_N[rows])
@@ -60,10 +61,10 @@ def score_documents(
         for first in range(0, len(logits_CV), block):
             some = slice(first, first + block)
             points = None if points_CD is None else points_CD[some]
-            parts.append(score_logits(logits_CV[some], labels_C[some], distribution, points, share, scratch))
+            found.add(score_logits(logits_CV[some], labels_C[some], distribution, points, share, scratch))
         if isinstance(distribution, Hidden):
-            words.append(_words(hidden_CD))
-    return _split([np.concatenate(column) for column in zip(*parts, strict=True)], words, positions)
+            found.add_words(_words(hidden_CD))
+    return found.split(positions)
 
 
 def score_logits(
@@ -181,21 +182,51 @@ def _kept(shifted_CV: Tensor, log_total_C1: Tensor, k: int, min_prob: float) -> 
     return row_M, ids_M
 
 
-def _split(
-    columns: list[np.ndarray], words: list[npt.NDArray[np.uint16]], positions: Sequence[npt.NDArray[np.uint32]]
-) -> list[Scores]:
-    """Columns over all tokens, cut into documents."""
-    label_logprob, entropy, rank, tail, counts, ids, logprobs = columns
-    hidden_NW = np.concatenate(words) if words else np.zeros((len(counts), 0), np.uint16)
-    ends = np.cumsum(counts, dtype=np.int64)
-    scores, token, entry = [], 0, 0
-    for where in positions:
-        stop = token + len(where)
-        last = int(ends[stop - 1]) if stop else 0
-        scores.append(Scores(
-            positions=where, label_logprob=label_logprob[token:stop], entropy=entropy[token:stop], rank=rank[token:stop],
-            tail=tail[token:stop], counts=counts[token:stop], ids=ids[entry:last], logprobs=logprobs[entry:last],
-            hidden=hidden_NW[token:stop].reshape(-1),
-        ))  # fmt: skip
-        token, entry = stop, last
-    return scores
+class _Columns:
+    """The columns of all tokens, in room that is made once. Small arrays that were kept, one for each block, would lie between the
+    large buffers that come and go, and keep malloc from using their room again: gigabytes for a long document."""
+
+    def __init__(self, tokens: int) -> None:
+        kinds = (np.float32, np.float32, np.uint32, np.float32, np.uint16)
+        self._fixed = [np.empty(tokens, kind) for kind in kinds]
+        self._kept: list[npt.NDArray[Any]] = [np.empty(0, np.uint32), np.empty(0, np.float16)]
+        self._words = np.empty((0, 0), np.uint16)
+        self._tokens = self._entries = self._hidden = 0
+
+    def add(self, columns: tuple[np.ndarray, ...]) -> None:
+        """What `score_logits` found of the tokens that come next."""
+        *fixed, ids, logprobs = columns
+        rows = slice(self._tokens, self._tokens + len(fixed[0]))
+        for room, column in zip(self._fixed, fixed, strict=True):
+            room[rows] = column
+        end = self._entries + len(ids)
+        if end > len(self._kept[0]):
+            self._kept = [np.resize(room, max(2 * end, 1 << 16)) for room in self._kept]
+        for room, column in zip(self._kept, (ids, logprobs), strict=True):
+            room[self._entries : end] = column
+        self._tokens, self._entries = rows.stop, end
+
+    def add_words(self, words: npt.NDArray[np.uint16]) -> None:
+        """Hidden states of the tokens that come next."""
+        if not self._words.size:
+            self._words = np.empty((len(self._fixed[0]), words.shape[1]), np.uint16)
+        self._words[self._hidden : self._hidden + len(words)] = words
+        self._hidden += len(words)
+
+    def split(self, positions: Sequence[npt.NDArray[np.uint32]]) -> list[Scores]:
+        """Cut into documents."""
+        label_logprob, entropy, rank, tail, counts = self._fixed
+        ids, logprobs = (room[: self._entries] for room in self._kept)
+        words = self._words if self._words.size else np.zeros((len(counts), 0), np.uint16)
+        ends = np.cumsum(counts, dtype=np.int64)
+        scores, token, entry = [], 0, 0
+        for where in positions:
+            stop = token + len(where)
+            last = int(ends[stop - 1]) if stop else 0
+            scores.append(Scores(
+                positions=where, label_logprob=label_logprob[token:stop], entropy=entropy[token:stop], rank=rank[token:stop],
+                tail=tail[token:stop], counts=counts[token:stop], ids=ids[entry:last], logprobs=logprobs[entry:last],
+                hidden=words[token:stop].reshape(-1),
+            ))  # fmt: skip
+            token, entry = stop, last
+        return scores

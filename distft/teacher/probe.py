@@ -38,6 +38,9 @@ from distft.teacher.scores import Scores
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Nats between two passes of one model: other batch shapes, another device. A shift by one token gives several."""
+SHARE = {"float32": 0.0, "bfloat16": 0.25}
+"""What rounding may do beyond that, as a share of a log-probability or an entropy: bfloat16 has 8 bits for a logit of any size, and a
+label that a real model gives e^-10 may differ by half a nat between two batches. A shift gives most of its tokens many times that."""
 HIDDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """The same between hidden states: the length of their difference over that of the live one."""
 HALF_STEP = 2.0**-11
@@ -50,6 +53,9 @@ class Agreement:
     """Stored against live. Gaps are the largest, in nats; `*_off` count tokens that differ by more than rounding explains."""
 
     tolerance: float
+    share: float = 0.0
+    worst: float = 0.0
+    """The largest gap of a label, an entropy or a kept entry over what rounding may do to it: at most 1 in an honest cache."""
     documents: int = 0
     tokens: int = 0
     label_gap: float = 0.0
@@ -74,8 +80,8 @@ class Agreement:
         stored distribution has log-probabilities of the teacher (and not, say, shares of draws)."""
         self.documents += 1
         self.tokens += len(stored.positions)
-        self.label_gap = _larger(self.label_gap, _largest(stored.label_logprob - live.label_logprob))
-        self.entropy_gap = _larger(self.entropy_gap, _largest(stored.entropy - live.entropy))
+        self.label_gap = _larger(self.label_gap, self._gap(stored.label_logprob, live.label_logprob))
+        self.entropy_gap = _larger(self.entropy_gap, self._gap(stored.entropy, live.entropy))
         ends = np.cumsum(live.counts, dtype=np.int64)
         stored_ends = np.cumsum(stored.counts, dtype=np.int64)
         for token, bound in enumerate(bound_N):
@@ -87,6 +93,15 @@ class Agreement:
                 mine = slice(stored_ends[token] - stored.counts[token], stored_ends[token])
                 self._kept(stored.ids[mine], stored.logprobs[mine].astype(np.float64), ids, logprobs, float(bound))
 
+    def _gap(self, stored_N: npt.NDArray[np.float32], live_N: npt.NDArray[np.float32]) -> float:
+        """The largest difference, which is also held against what rounding may do."""
+        gap_N = np.abs(stored_N.astype(np.float64) - live_N)
+        self.worst = _larger(self.worst, _largest(gap_N / (self.tolerance + self.share * np.abs(live_N))))
+        return _largest(gap_N)
+
+    def _allowed(self, value: float) -> float:
+        return self.tolerance + self.share * abs(value)
+
     def add_hidden(self, gap_N: npt.NDArray[np.float64], kl_N: npt.NDArray[np.float64]) -> None:
         """The hidden states of a document's tokens: by how much of their length they differ, and what that is in distributions."""
         self.hidden_gap = _larger(self.hidden_gap, _largest(gap_N))
@@ -95,7 +110,7 @@ class Agreement:
 
     def _rank(self, rank: int, label: float, logprobs: npt.NDArray[np.float64], bound: float) -> None:
         """A rank may be any between the number of tokens that are surely likelier than the label and those that may be."""
-        slack = self.tolerance + HALF_STEP * abs(label) * 2
+        slack = self._allowed(label) + HALF_STEP * abs(label) * 2
         surely = int((logprobs > label + slack).sum())
         known = label - slack > bound  # else tokens that were left out may be likelier, too
         possibly = int((logprobs >= label - slack).sum()) if known else math.inf
@@ -110,26 +125,29 @@ class Agreement:
         gaps = np.maximum(logprobs - bound, 0.0)  # what the live teacher left out is less likely than that
         gaps[there] = np.abs(logprobs[there] - live_logprobs[place[there]])
         rounding = HALF_STEP * np.abs(logprobs) * 2  # each of the two was rounded
-        self.kept_gap = _larger(self.kept_gap, float(np.maximum(gaps - rounding, 0.0).max()))
+        beyond = np.maximum(gaps - rounding, 0.0)
+        self.kept_gap = _larger(self.kept_gap, float(beyond.max()))
+        self.worst = _larger(self.worst, float((beyond / (self.tolerance + self.share * np.abs(logprobs))).max()))
         first = int(logprobs.argmax())
         best = float(live_logprobs.max()) if len(live_logprobs) else bound
         self.choices += 1
         self.same_choice += bool(there[first]) and bool(live_logprobs[place[first]] == best)
-        reached = live_logprobs[place[first]] if there[first] else bound
-        self.choice_off += bool(best - reached > self.tolerance + 2 * HALF_STEP * abs(best))
+        reached = float(live_logprobs[place[first]]) if there[first] else bound
+        self.choice_off += bool(best - reached > self._allowed(reached) + 2 * HALF_STEP * abs(best))
 
     @property
     def holds(self) -> bool:
         """NaN holds nothing."""
-        gaps = (self.label_gap, self.entropy_gap, self.kept_gap, self.largest_kl)
         alike = self.hidden_tolerance is None or self.hidden_gap <= self.hidden_tolerance
-        return all(gap <= self.tolerance for gap in gaps) and alike and not self.choice_off and not self.rank_off
+        rounding = self.worst <= 1 and self.largest_kl <= self.tolerance
+        return rounding and alike and not self.choice_off and not self.rank_off
 
     def facts(self) -> dict[str, Any]:
         hidden = self.hidden_tolerance is not None
         return {
-            "documents": self.documents, "tokens": self.tokens, "tolerance": self.tolerance, "max_label_gap": self.label_gap,
-            "max_entropy_gap": self.entropy_gap, "max_kept_gap": self.kept_gap if self.choices else None,
+            "documents": self.documents, "tokens": self.tokens, "tolerance": self.tolerance, "tolerance_share": self.share,
+            "max_label_gap": self.label_gap, "max_entropy_gap": self.entropy_gap,
+            "max_kept_gap": self.kept_gap if self.choices else None, "worst": self.worst,
             "argmax_agreement": self.same_choice / self.choices if self.choices else None,
             "rank_agreement": self.same_rank / max(1, self.tokens),
             "argmax_beyond_tolerance": self.choice_off, "rank_beyond_tolerance": self.rank_off,
@@ -146,7 +164,9 @@ def probe_cache(cache: FoundCache, documents: Documents, model: ModelFolder, *, 
         {"distribution": cache.identity["distribution"], "positions": cache.identity["positions"]}
     )  # fmt: skip
     hidden = isinstance(score.distribution, Hidden)
-    found = Agreement(tolerance=TOLERANCE[dtype], hidden_tolerance=HIDDEN_TOLERANCE[dtype] if hidden else None)
+    found = Agreement(
+        tolerance=TOLERANCE[dtype], share=SHARE[dtype], hidden_tolerance=HIDDEN_TOLERANCE[dtype] if hidden else None
+    )
     head = read_head(cache.folder, staging) if hidden else None
     with enough_memory("Probe fewer documents, or on the device that scored."):
         teacher = load_model(model, dtype=dtype, attention="sdpa", head_rows=token_rows(model), device=this_device())
@@ -156,9 +176,10 @@ def probe_cache(cache: FoundCache, documents: Documents, model: ModelFolder, *, 
                 meter.advance(sum(len(chosen[index][1]) for index in batch))
     facts = found.facts()
     if not found.holds:
+        share = f" and {found.share:.0%} of each" if found.share else ""
         raise CorruptArtifactError(
             f"On {found.documents} documents, {found.tokens} tokens, cache and live teacher differ by more than the"
-            f" {found.tolerance:g} nats that rounding may do: {_told(facts)}.", where=cache.folder.url,
+            f" {found.tolerance:g} nats{share} that rounding may do: {_told(facts)}.", where=cache.folder.url,
             help="The cache was made by something else than it says, or by a defect. Do not train on it: score into a fresh store.",
         )  # fmt: skip
     return facts
@@ -209,7 +230,7 @@ def _compare(
     live = score_documents(teacher, [document.tokens for _, document in chosen], places, wider)
     for (row, document), place, now in zip(chosen, places, live, strict=True):
         if not np.array_equal(row.scores.positions, place) or row.tokens != len(document):
-            found.label_gap = math.inf  # not even about the same tokens
+            found.label_gap = found.worst = math.inf  # not even about the same tokens
             continue
         found.add(row.scores, now, bound_N=_bound(now, wider), kept=isinstance(policy, TopK))
     if head is not None:
@@ -252,7 +273,7 @@ def _larger(one: float, other: float) -> float:
     return float(np.maximum(one, other))
 
 
-def _largest(values: npt.NDArray[np.floating[Any]]) -> float:
+def _largest(values: npt.NDArray[Any]) -> float:
     """The largest absolute value; NaN where one is."""
     return float(np.abs(values.astype(np.float64)).max(initial=0.0))
 

@@ -15,13 +15,13 @@ from distft.corpus.reader import Corpus, Document
 from distft.errors import ArtifactError, MissingArtifactError
 from distft.progress import say
 from distft.store.location import Location
-from distft.store.manifest import FileEntry, Manifest, fetch
-from distft.store.shards import read_batches
+from distft.store.manifest import FileEntry, Manifest
 from distft.teacher.encode import SCHEMA, PlainShard
 from distft.teacher.head_file import WORDS
 from distft.teacher.identity import quarantined_documents, read_parts
 from distft.teacher.planes import from_planes
 from distft.teacher.scores import Scores
+from distft.teacher.staging import stored_batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +34,9 @@ class Row:
 
 
 def rows(folder: Location, entry: FileEntry, staging: Path) -> Iterator[Row]:
-    """The rows of one data file, whose bytes are checked before they are parsed."""
+    """The rows of one data file, whose bytes are checked before they are parsed. Nothing stays on this machine's disk."""
     where = f"{folder.url}/{entry.name}"
-    for batch in read_batches(fetch(folder, entry, staging / "compressed")):
+    for batch in stored_batches(folder, entry, staging):
         shard = PlainShard(pa.Table.from_batches([from_planes(batch, SCHEMA, where=where)]), where=where)
         for number in range(len(shard)):
             digest, tokens, scores = shard.read(number)

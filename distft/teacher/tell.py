@@ -115,14 +115,15 @@ def verify_text(result: dict[str, Any]) -> str:
     probe = result["probe"]
     if probe is not None:
         lines.append(f"live teacher on {probe['documents']:,} documents, {probe['tokens']:,} tokens: agrees within rounding")
+        share = f" + {probe['tolerance_share']:.0%} of it" if probe["tolerance_share"] else ""
         rows = [
-            ("max |dlogp| of the label", probe["max_label_gap"], f"at most {probe['tolerance']:g} nats"),
+            ("max |dlogp| of the label", probe["max_label_gap"], f"at most {probe['tolerance']:g} nats{share}"),
             (
                 "max |dlogp| of kept ids",
                 probe["max_kept_gap"],
-                f"at most {probe['tolerance']:g} nats beyond their float16 rounding",
+                f"at most {probe['tolerance']:g} nats{share} beyond float16 rounding",
             ),
-            ("max difference of entropy", probe["max_entropy_gap"], f"at most {probe['tolerance']:g} nats"),
+            ("max difference of entropy", probe["max_entropy_gap"], f"at most {probe['tolerance']:g} nats{share}"),
             ("argmax agreement", probe["argmax_agreement"], f"{probe['argmax_beyond_tolerance']} beyond what rounding explains"),
             ("rank agreement", probe["rank_agreement"], f"{probe['rank_beyond_tolerance']} beyond what rounding explains"),
         ]

@@ -14,11 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from distft.objectives.loss import Targets, TokenValues, Weights
+from distft.objectives.loss import PARTS, Targets, TokenValues, Weights
 from distft.objectives.treatment import Floats, LiveField, ObjectiveRule, Signals, Treatment, live_signals
 from distft.train.targets import Treated
 
-PARTS = ("ce", "kl", "rkl", "entropy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +46,15 @@ class LiveTreatment:
     def fields(self) -> frozenset[LiveField]:
         return self.rule.live_fields
 
+    @property
+    def asks(self) -> bool:
+        """Whether the answers' tokens need the teacher's distribution: what is held there, or which, is not known yet."""
+        return self.rule.holds or bool(self.fields & {"kl", "rkl"})
+
     def decide(self, rows: slice, seen: dict[LiveField, Tensor]) -> Weights:
         """For rules of single tokens: any run of tokens, whatever documents they are of."""
         answers = self.answers[rows]
-        before = int(self.answers[: rows.start].sum())
-        signals = _run(self.documents, before, before + int(answers.sum()))
+        signals = _any_run(int(answers.sum()), self.documents[0].vocabulary if self.documents else 0)
         device = next(iter(seen.values())).device
         live = live_signals(len(signals), **{name: _floats(value)[answers] for name, value in seen.items()})
         made = self.rule.treat(replace(signals, live=live))
@@ -86,14 +89,11 @@ class LiveTreatment:
         return Weights(**columns)
 
 
-def _run(documents: Sequence[Signals], start: int, stop: int) -> Signals:
-    """Consecutive tokens, whatever documents they are of."""
-
-    def column(name: str) -> np.ndarray:
-        return np.concatenate([getattr(one, name) for one in documents])[start:stop]
-
-    vocabulary = documents[0].vocabulary if documents else 0
-    return Signals(label_logprob=column("label_logprob"), entropy=column("entropy"), rank=column("rank"), vocabulary=vocabulary)
+def _any_run(tokens: int, vocabulary: int) -> Signals:
+    """Consecutive tokens, whatever documents they are of. What a cache knows of them is no matter of a rule of single tokens: NaN
+    betrays one that reads it."""
+    blank = np.full(tokens, np.nan, np.float32)
+    return Signals(label_logprob=blank, entropy=blank, rank=np.zeros(tokens, np.uint32), vocabulary=vocabulary)
 
 
 def _floats(value: Tensor) -> Floats:

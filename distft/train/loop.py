@@ -70,7 +70,8 @@ def train(
             except TrainingError as error:
                 raise TrainingError(
                     error.problem, where=f"step {step}, rows {sorted(plan.documents(step).tolist())[:8]} ... of the training split",
-                    help=f"The last checkpoint is step {(checkpoints.steps() or [0])[-1]}. Lower train.lr, or look at those rows.",
+                    help=f"The last checkpoint is step {(checkpoints.steps() or [0])[-1]}. "
+                    + (error.help or "Lower train.lr, or look at those rows."),
                 ) from error  # fmt: skip
             loss = values.loss
             line = step_line(step, values, normaliser=normaliser, tokens=int(tokens), lr=lr, seconds=time.monotonic() - started)

@@ -69,11 +69,15 @@ def micro_batch(
         )
         for name in ("ce", "kl", "rkl", "entropy")
     }
-    held = live is not None or bool((columns["kl_N"] != 0).any() or (columns["rkl_N"] != 0).any())
+    held_N = (columns["kl_N"] != 0) | (columns["rkl_N"] != 0)
+    if live is not None and live.asks:
+        held_N |= torch.from_numpy(live.answers)
     scores = [one.scores for one in treated if one.scores is not None]
+    teacher = teacher_rows(scores) if scores and bool(held_N.any()) else None
+    if teacher is not None and not bool(held_N.all()):
+        teacher = teacher.select(torch.arange(len(held_N)), held_N)
     targets = Targets(
-        labels_N=torch.from_numpy(labels_N), **columns, teacher=teacher_rows(scores) if held and scores else None,
-        temperature=temperature,
+        labels_N=torch.from_numpy(labels_N), **columns, teacher=teacher, temperature=temperature,
         live=live if live is not None and live.rule.live == "token" else None,
     )  # fmt: skip
     batch = MicroBatch(
@@ -100,7 +104,8 @@ def scaled(batch: MicroBatch, factor_N: npt.NDArray[np.float32], *, kl_factor: f
 
 
 def _silence(scores: Scores, held: Mask) -> Scores:
-    """Takes the distribution away from tokens without a divergence: no entries and tail 1 make it zero at no cost."""
+    """Takes the distribution away from tokens without a divergence: no entries and tail 1 make it zero at no cost. Hidden states stay
+    until there are rows of them (`micro_batch`)."""
     if held.all():
         return scores
     entries = np.repeat(held, scores.counts)

@@ -54,8 +54,8 @@ def default_like(tokens: int) -> np.ndarray:
     return np.clip(np.round(np.exp(random.normal(np.log(8), 1.5, tokens))), 1, 128).astype(np.int64)
 
 
-def way(kind: str, tokens: int) -> Callable[[int], None]:
-    """A pass forward and back over the first so many of `tokens` tokens."""
+def way(kind: str, tokens: int) -> tuple[Callable[[int], None], list[Tensor]]:
+    """A pass forward and back over the first so many of `tokens` tokens, and what gets a gradient of it."""
     torch.manual_seed(0)
     hidden_ND = torch.randn(tokens, WIDTH).requires_grad_()
     weight_VD = (torch.randn(VOCABULARY, WIDTH) * 0.05).requires_grad_()
@@ -84,11 +84,7 @@ def way(kind: str, tokens: int) -> Callable[[int], None]:
         held = functional.kl_div(logits_NV.log_softmax(1), heard_NV.log_softmax(1), reduction="sum", log_target=True)
         (functional.cross_entropy(logits_NV, labels_N[:some], reduction="sum") + held).backward()
 
-    def run(some: int) -> None:
-        hidden_ND.grad = weight_VD.grad = None
-        (plain if kind == "plain" else ours)(some)
-
-    return run
+    return plain if kind == "plain" else ours, [hidden_ND, weight_VD]
 
 
 def resident(name: str) -> int:
@@ -99,14 +95,15 @@ def resident(name: str) -> int:
 def peak(kind: str, tokens: int) -> int:
     """Bytes at the top above inputs and gradients. Not ru_maxrss: it starts at what the parent process had."""
     torch.set_num_threads(1)
-    run = way(kind, tokens)
+    run, trained = way(kind, tokens)
     run(16)
-    gradients = 4 * WIDTH * (VOCABULARY + tokens)  # those of the warming pass go as the measured ones come
+    for tensor in trained:
+        tensor.grad = None
     gc.collect()
-    before = resident("VmRSS") - 4 * WIDTH * (VOCABULARY + 16)
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     run(tokens)
-    return resident("VmHWM") - before - gradients
+    return resident("VmHWM") - before - sum(tensor.nbytes for tensor in trained)
 
 
 def measured(kind: str, tokens: int) -> int:
@@ -120,13 +117,13 @@ def test_what_the_loss_takes() -> None:
     print(f"\nthe loss, forward and backward, beyond weights and gradients: {VOCABULARY:,} rows of {WIDTH}, float32")
     gigabytes = [(tokens, measured("plain", tokens) / 1e9) for tokens in PLAIN_TOKENS]
     for tokens, found in gigabytes:
-        print(f"{f'plain CE and KL, all logits, {tokens:,} tokens':<50}{found:>8.2f} GB", flush=True)
+        print(f"{f'plain CE and KL, all logits, {tokens:,} tokens':<62}{found:>8.2f} GB", flush=True)
     (few, less), (many, more) = gigabytes
     whole = more + (more - less) / (many - few) * (TOKENS - many)
-    print(f"{f'  scaled to {TOKENS:,} tokens, not run':<50}{whole:>8.2f} GB")
+    print(f"{f'  scaled to {TOKENS:,} tokens, not run':<62}{whole:>8.2f} GB")
     for name, kind in OURS.items():
         found = measured(kind, TOKENS) / 1e9
-        print(f"{f'{name}, {TOKENS:,} tokens':<50}{found:>8.2f} GB   1/{whole / found:.0f} of plain", flush=True)
+        print(f"{f'{name}, {TOKENS:,} tokens':<62}{found:>8.2f} GB   1/{whole / found:.0f} of plain", flush=True)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def measured(work: Callable[[], Iterator[Any]]) -> tuple[float, float]:
 @pytest.mark.bench
 def test_what_ray_costs_above_scoring(tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    model = tiny_model_folder(tmp_path / "model", vocabulary=280, hidden=384, layers=6)
+    model = tiny_model_folder(tmp_path / "model", vocabulary=280, hidden=192, layers=4)
     documents = random_documents(1_650, shortest=60, longest=180)
     made = lab(tmp_path, documents=documents, model=resolve_model(str(model), None), score={"tokens_per_batch": 2048})
     wanted = {digest: ("train", row) for row, digest in enumerate(made.corpus.digests("train"))}

@@ -84,7 +84,7 @@ def test_a_killed_worker_gives_its_units_back(
         found = list(pool.map(units, lambda amount, note: amounts.append(amount)))
     assert sorted(answer.name for answer in found) == sorted(unit.name for unit in units)
     assert sum(amounts) == 18, "what was lost is taken off again"
-    assert noted(tmp_path, "made") == 3
+    assert noted(tmp_path, "made") in (2, 3), "another takes its place, unless the rest is done before it has started"
     assert noted(tmp_path, "fatal") == (2 if at_work else 1)
     said = capsys.readouterr()
     assert said.err.count("a worker died over unit") == 1, "only the unit that it was at is to blame"
@@ -151,7 +151,7 @@ def test_an_embedded_ray_ends_with_its_driver(tmp_path: Path, number: signal.Sig
             time.sleep(0.05)
         pids = {int(word) for word in (tmp_path / "pids").read_text().split()}
         assert len([pid for pid in pids if alive(pid)]) >= 4, "two actors, and what Ray itself runs"
-        (folder,) = {found for pid in pids for word in command(pid) for found in re.findall(r"/tmp/distft-ray-\w+", word)}
+        (folder,) = {found for pid in pids for word in command(pid) for found in re.findall(r"/tmp/distft-ray-\d+-\w+", word)}
         if number == signal.SIGINT:
             os.killpg(process.pid, number)
         else:
@@ -244,3 +244,20 @@ def test_signals_stay_ours_and_a_connected_process_stays_connected(cluster: Clus
         assert ray is cluster.ray
         assert signal.getsignal(signal.SIGTERM) is before
     assert cluster.ray.is_initialized()
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_units_do_not_wait_for_machines_that_never_come(cluster: Cluster, tmp_path: Path, group: int) -> None:
+    """The cluster has room for six actors; the others pend, with a unit each, until those that live take them."""
+    with open_pool(MakeToy(tmp_path), workers=8 // group, group=group) as pool:
+        assert {answer.name for answer in pool.map(tasks(12))} == {task.name for task in tasks(12)}
+        assert 1 <= len(pool.hands) <= 6 // group
+        assert {answer.name for answer in pool.map(tasks(3))} == {"u0", "u1", "u2"}, "those that are left do all the rest"
+
+
+def test_a_cluster_without_gpus_is_not_taken_for_one_by_default(cluster: Cluster, tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserInputError, match="has no GPU, or none yet"),
+        open_pool(MakeToy(tmp_path), address=cluster.address, workers=None),
+    ):
+        pass

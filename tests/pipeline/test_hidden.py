@@ -98,7 +98,6 @@ def test_drift_is_the_divergence_of_whole_distributions(ready: Bench, direction:
     evaluated = ready.run("evaluate").json
     kl, nll = dense_kl(ready, model)
     near = 1e-5 if ready.config()["model"]["dtype"] == "float32" else 1e-4
-    print(f"drift {trained['drift']}, {evaluated['drift']}; dense {kl}")
     assert trained["drift"] == pytest.approx(kl, abs=near)
     assert evaluated["drift"]["kl"] == pytest.approx(kl, abs=near)
     assert evaluated["drift"]["nll"] == pytest.approx(nll, abs=10 * near)

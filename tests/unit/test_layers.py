@@ -20,7 +20,7 @@ UNITS = {
     "store": "store", "store.model_folder": "model folder",
     "corpus": "corpus", "engine": "engine",
     "teacher": "teacher", "teacher.identity": "identity", "teacher.reuse": "identity",
-    "teacher.catalogue": "identity", "teacher.prune": "identity",
+    "teacher.catalogue": "identity", "teacher.prune": "identity", "teacher.head_file": "identity",
     "teacher.tell": "identity", "train": "train", "train.identity": "identity", "train.record": "identity",
     "evaluate": "evaluate", "export": "export", "plan": "plan", "report": "report", "annotate": "annotate",
     "cluster": "cluster", "pipeline": "pipeline", "demo": "demo", "cli": "cli", "cache_cli": "cli", "console": "cli",

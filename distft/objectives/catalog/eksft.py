@@ -26,7 +26,6 @@ from pydantic import Field
 
 from distft.objectives.treatment import Floats, LiveField, Mask, ObjectiveRule, Signals, Treatment, highest, share_of, treatment
 
-
 ROUNDING = 1e-5
 """Nats that two float32 passes over the same weights may be apart."""
 

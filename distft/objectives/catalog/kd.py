@@ -2,9 +2,10 @@
 
     loss = mean over supervised tokens of (1 - lam) * CE + lam * T^2 * KL(q_T||p_T)        q_T, p_T: softmax of logits / T
 
-A temperature above 1 shows more of what the teacher finds unlikely; the square keeps the divergence's gradient as large as at 1. What
-a truncated cache has left out cannot be softened, so a temperature other than 1 needs score.distribution.kind=hidden. With the model
-as its own teacher and at temperature 1 this is `sft_kl` at another scale.
+A temperature above 1 shows more of what the teacher finds unlikely; the square keeps the divergence's gradient as large as at 1. It is
+part of the weight: metrics tell KL(q_T||p_T) itself, in nats. What a truncated cache has left out cannot be softened, so a temperature
+other than 1 needs score.distribution.kind=hidden. With the model as its own teacher and at temperature 1 this is `sft_kl` at another
+scale.
 """
 
 from __future__ import annotations
@@ -32,4 +33,4 @@ class Kd(ObjectiveRule):
         return self.temperature
 
     def treat(self, signals: Signals) -> Treatment:
-        return treatment(len(signals), ce=1 - self.lam, kl=self.lam)
+        return treatment(len(signals), ce=1 - self.lam, kl=self.lam * self.temperature**2)

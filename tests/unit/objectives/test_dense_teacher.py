@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from distft.objectives.catalog import Kd
 from distft.objectives.distributions import DenseHead, DenseRows, LogitShape
 from distft.objectives.loss import Targets, measure, token_loss
+from distft.objectives.treatment import Signals
 from tests.helpers.reference import Row, reference_loss, shaped_logits
 from tests.unit.objectives.test_loss import SHAPES, WEIGHTS, assert_close, fast, problem
 
@@ -132,8 +135,8 @@ def test_a_temperature_softens_both_sides_and_leaves_the_label_alone(shape: str,
     logits = shaped_logits(*leaves, rows=student.rows, scale=student.scale, softcap=student.softcap)
     plain, soft = torch.log_softmax(logits, 1), torch.log_softmax(logits / temperature, 1)
     ce_N = -plain[torch.arange(11), made["labels"]]
-    kl_N = temperature**2 * (softened.exp() * (softened - soft)).sum(1)
-    rkl_N = temperature**2 * (soft.exp() * (soft - softened)).sum(1)
+    kl_N = (softened.exp() * (softened - soft)).sum(1)
+    rkl_N = (soft.exp() * (soft - softened)).sum(1)
     expected = (torch.stack([ce_N, kl_N, rkl_N], 1) * made["weights_N4"][:, :3]).sum()
     (expected * 0.5).backward()
 
@@ -145,3 +148,56 @@ def test_a_temperature_softens_both_sides_and_leaves_the_label_alone(shape: str,
     for gradient, leaf in zip(gradients, leaves, strict=True):
         assert gradient is not None
         torch.testing.assert_close(gradient.double(), leaf.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_the_square_of_a_temperature_is_in_the_weights() -> None:
+    """Of answers and of prompts, so that values and metrics are nats."""
+    rule = Kd(kind="kd", lam=0.25, temperature=3.0, prompt_kl=0.5)
+    blank = np.zeros(2, np.float32)
+    made = rule.treat(Signals(label_logprob=blank, entropy=blank, rank=np.zeros(2, np.uint32)))
+    assert (made.ce.tolist(), made.kl.tolist()) == ([0.75] * 2, [0.25 * 9] * 2)
+    assert rule.prompt_weight(4, 2) == 0.5 * 9 * 4 / 2
+
+
+HELD = [0, 1, 1, 0, 0, 1, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 11, 20])
+@pytest.mark.parametrize("held", [HELD, [0] * 11, [1] * 11])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_tokens_that_are_not_held_cost_no_teacher_and_have_no_divergence(
+    chunk: int, held: list[int], temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All else is as if every token were held and the others had no weight on a divergence."""
+    made, held_N = problem(SHAPES["all"], None, bias=True), torch.tensor(held, dtype=torch.bool)
+    made["weights_N4"][~held_N, 1:3] = 0
+    rows = dense(replace(TEACHERS["its own scale and cap"], rows=SHAPES["all"].rows))
+    asked: list[int] = []
+    logprobs = DenseHead.logprobs
+    whole = replace(wanted(made, rows), temperature=temperature)
+    truth = fast(made["hidden"], made["weight"], made["bias"], whole, SHAPES["all"], chunk)
+    monkeypatch.setattr(DenseHead, "logprobs", lambda self, h, t=1.0: asked.append(len(h)) or logprobs(self, h, t))
+    some = replace(whole, teacher=rows.select(torch.arange(11), held_N))
+    loss, values, gradients = fast(made["hidden"], made["weight"], made["bias"], some, SHAPES["all"], chunk)
+    assert sum(asked) == sum(held)
+    assert loss == pytest.approx(truth[0], rel=1e-6)
+    for name in ("kl_N", "rkl_N"):
+        found = getattr(values, name)
+        torch.testing.assert_close(found[held_N], getattr(truth[1], name)[held_N], rtol=1e-6, atol=1e-6)
+        assert not found[~held_N].any()
+    for one, other in zip(gradients, truth[2], strict=True):
+        assert one is not None
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_selection_of_a_selection_holds_what_both_hold() -> None:
+    rows = dense(LogitShape(rows=37))
+    some = rows.select(torch.arange(11), torch.tensor(HELD, dtype=torch.bool))
+    assert torch.equal(some.hidden_NT, rows.hidden_NT[[1, 2, 5, 7]])
+    less = some.select(torch.tensor([0, 2, 3, 5, 7, 9]), torch.tensor([True, True, True, False, True, False]))
+    assert less.held_N is not None
+    assert less.held_N.tolist() == [False, True, False, False, True, False]
+    assert torch.equal(less.hidden_NT, rows.hidden_NT[[2, 7]])
+    part = less.chunk(1, 5)
+    assert torch.equal(part.hidden_NT, rows.hidden_NT[[2, 7]])
+    assert len(less.chunk(2, 4).hidden_NT) == 0

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distft.objectives.distributions import LogitShape, SparseRows
-from distft.objectives.loss import Targets, TokenValues, measure, token_loss
+from distft.objectives.chunk import TINY
+from distft.objectives.distributions import DenseHead, DenseRows, LogitShape, SparseRows
+from distft.objectives.loss import BUFFER_BYTES, Targets, TokenValues, Weights, buffers, loss_chunk, measure, token_loss
+from distft.objectives.treatment import LiveField
 from tests.helpers.reference import Row, reference_loss, shaped_logits
 
 # float32 sums over 37 logits against float64: a few units of 2^-24 on terms of up to some tens of nats
@@ -368,47 +370,132 @@ def test_a_student_that_is_extremely_sure_stays_finite(gap: float, weight: float
         assert gradient[0, 1:].tolist() == pytest.approx([-0.5 / 3 / (VOCABULARY - 1)] * (VOCABULARY - 1), rel=1e-5)
 
 
+@pytest.mark.parametrize("low", [-50.0, -95.0, -150.0, -1000.0])
+def test_a_kept_token_that_the_student_never_says_counts_in_full(low: float) -> None:
+    """exp underflows below 87 nats under the peak; a divergence of 0.3 * 1000 is no rounding. In float64, and as a dense teacher."""
+    logq = normalised([0.0, 1.0, 0.5, *[-1.0] * (VOCABULARY - 3)])
+    student = [0.0, low, low / 2, *[low] * (VOCABULARY - 3)]
+    full = full_divergences(student, logq)
+    assert divergences(student, row_of(logq, list(range(VOCABULARY)))) == pytest.approx(full, rel=1e-5)
+    head = DenseHead(torch.eye(VOCABULARY), None, LogitShape(rows=VOCABULARY))
+    teacher = DenseRows(hidden_NT=torch.tensor(logq[None], dtype=torch.float32), head=head)
+    wanted = replace(targets([0], torch.ones(1, 4), None), teacher=teacher)
+    values = measure(torch.tensor([student]), torch.eye(VOCABULARY), None, wanted, shape=LogitShape(rows=VOCABULARY))
+    assert (float(values.kl_N), float(values.rkl_N)) == pytest.approx(full, rel=1e-5)
+    some = divergences(student, row_of(logq, [0, 1, 2]))
+    tail = float(np.exp(logq[3:]).sum())
+    logp_tail = max(math.log(VOCABULARY - 3) + low, math.log(TINY))  # the tail stops where float32 does, for its logits are gone
+    kept = np.exp(logq[:3]) @ (logq[:3] - np.array(student[:3]))
+    assert some[0] == pytest.approx(float(kept) + tail * (math.log(tail) - logp_tail), rel=1e-5)
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
 class Watched(TorchDispatchMode):
-    """Sees every tensor that an operator gives: the largest, and how many large ones are alive at once."""
+    """Counts the bytes of all storages that operators make, for as long as they are alive, and the largest."""
 
-    def __init__(self, large: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.large, self.largest, self.most = large, 0, 0
-        self._alive: dict[int, Any] = {}
+        self.now, self.most, self.largest = 0, 0, 0
+        self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self.largest = max(self.largest, tensor.numel(), storage.nbytes() // 4)
-                if storage.nbytes() >= 4 * self.large:
-                    self._alive[storage.data_ptr()] = weakref.ref(tensor)
-        self._alive = {where: ref for where, ref in self._alive.items() if ref() is not None}
-        self.most = max(self.most, len(self._alive))
+                self._add(tensor.untyped_storage())
         return result
 
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._alive or size == 0:
+            return
+        self._alive.add(place)
+        self.now += size
+        self.most, self.largest = max(self.most, self.now), max(self.largest, size)
+        weakref.finalize(storage, self._drop, place, size)
 
-@pytest.mark.parametrize("weights", ["ce", "kl", "mixed"])
+    def _drop(self, place: int, size: int) -> None:
+        self._alive.discard(place)
+        self.now -= size
+
+
+class Entropic:
+    """Weights of a live rule that asks for one entropy."""
+
+    def __init__(self, field: LiveField) -> None:
+        self.fields: frozenset[LiveField] = frozenset({field})
+
+    def decide(self, rows: slice, seen: dict[LiveField, Tensor]) -> Weights:
+        [value] = seen.values()
+        return Weights(ce_N=value, kl_N=torch.ones_like(value), rkl_N=value, entropy_N=torch.zeros_like(value))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_nothing_larger_than_a_chunk_of_logits_is_made(weights: str, softcap: float | None) -> None:
-    """200 tokens over 300 rows in chunks of 16: the whole would be 60,000 numbers, a chunk is 4,800, the head 2,400."""
-    random, (tokens, vocabulary, width, chunk) = np.random.default_rng(0), (200, 300, 8, 16)
-    given = WEIGHTS[weights]
-    weights_N4 = torch.rand(tokens, 4) if given is None else torch.tensor([given] * tokens)
-    rows = teacher_rows(random, random.integers(0, 20, tokens).tolist(), vocabulary)
-    wanted = targets(random.integers(0, vocabulary, tokens).tolist(), weights_N4, None if weights == "ce" else rows)
-    hidden, weight = torch.randn(tokens, width).requires_grad_(), torch.randn(vocabulary, width).requires_grad_()
+@pytest.mark.parametrize("weights", ["ce", "kl", "mixed", "entropy", "top_entropy"])
+@pytest.mark.parametrize("teacher", ["none", "sparse", "dense", "some dense"])
+def test_nothing_larger_than_a_chunk_of_logits_is_made(
+    teacher: str, weights: str, softcap: float | None, kind: torch.dtype
+) -> None:
+    """768 tokens over 2,000 rows in chunks of 256, on every path of the loss: the buffers are those that a chunk's size is made from,
+    and the second chunk's are those of the first."""
+    random, (tokens, vocabulary, width, chunk) = np.random.default_rng(0), (768, 2_000, 4, 256)
+    weights_N4 = torch.rand(tokens, 4) if weights == "mixed" else torch.tensor([[1.0, weights == "kl", 0.0, 0.0]] * tokens)
+    rows = teacher_rows(random, random.integers(0, 4, tokens).tolist(), vocabulary) if teacher == "sparse" else None
+    wanted = targets(random.integers(0, vocabulary, tokens).tolist(), weights_N4, rows)
+    shape = LogitShape(rows=vocabulary, softcap=softcap)
+    if "dense" in teacher:
+        head = DenseHead(torch.randn(vocabulary, width).to(kind), None, shape)
+        whole = DenseRows(hidden_NT=torch.randn(tokens, width).to(kind), head=head)
+        held = torch.from_numpy(random.random(tokens) < 0.2)
+        wanted = replace(wanted, teacher=whole if teacher == "dense" else whole.select(torch.arange(tokens), held))
+    if "entropy" in weights:
+        wanted = replace(wanted, live=Entropic(weights))  # pyright: ignore[reportArgumentType]
+    hidden, weight = (torch.randn(n, width).to(kind).requires_grad_() for n in (tokens, vocabulary))
     gc.collect()
-    with Watched(large=chunk * vocabulary) as watched:
-        loss, _ = token_loss(hidden, weight, None, wanted, shape=LogitShape(rows=vocabulary, softcap=softcap), chunk=chunk)
+    with Watched() as watched:
+        loss, _ = token_loss(hidden, weight, None, wanted, shape=shape, chunk=chunk)
         loss.backward()
-    assert watched.largest == chunk * vocabulary
-    # Everything happens in the buffer of the logits, unless they are needed again.
-    assert watched.most <= (6 if weights == "mixed" else 4 if softcap else 1)
+    one = 4 * chunk * vocabulary
+    assert watched.largest == one
+    count = buffers(shape, dense="dense" in teacher, half=kind == torch.bfloat16)
+    assert watched.most <= count * one + 40 * tokens * width + 16 * vocabulary * width + 300 * tokens
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("rows", [50_000, 151_936, 262_144])
+def test_a_chunk_is_as_long_as_its_buffers_allow(rows: int, softcap: float | None, half: bool) -> None:
+    shape = LogitShape(rows=rows, softcap=softcap)
+    for teacher in (None, DenseRows(hidden_NT=torch.zeros(1, 1), head=DenseHead(torch.zeros(1, 1), None, shape))):
+        size = loss_chunk(shape, teacher, torch.bfloat16 if half else torch.float32)
+        taken = 4 * size * rows * buffers(shape, dense=teacher is not None, half=half)
+        assert taken <= BUFFER_BYTES
+        assert size == 1024 or taken > 0.95 * BUFFER_BYTES
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_the_heads_gradient_is_made_without_a_second_one(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that is large beside a chunk: its float32 sum, in bfloat16 its rounded copy, and little else; in rows or whole alike."""
+    tokens, vocabulary, width = 48, 5_000, 256
+    wanted = targets(
+        np.random.default_rng(0).integers(0, vocabulary, tokens).tolist(), torch.rand(tokens, 4) * torch.eye(4)[0], None
+    )
+    hidden, weight = (torch.randn(n, width, generator=torch.Generator().manual_seed(n)).to(kind) for n in (tokens, vocabulary))
+    monkeypatch.setattr("distft.objectives.loss.WEIGHT_ROWS", 500)
+    gc.collect()
+    with Watched() as watched:
+        token_loss(hidden, weight.requires_grad_(), None, wanted, shape=LogitShape(rows=vocabulary), chunk=16)
+    head = 4 * vocabulary * width
+    assert watched.most <= weight.nbytes + (1.0 if kind == torch.float32 else 1.5) * head + 0.12 * head + 2 * 4 * 16 * vocabulary
+    _, _, (_, in_rows, _) = fast(hidden, weight.detach(), None, wanted, LogitShape(rows=vocabulary), 16)
+    monkeypatch.setattr("distft.objectives.loss.WEIGHT_ROWS", vocabulary)
+    _, _, (_, whole, _) = fast(hidden, weight.detach(), None, wanted, LogitShape(rows=vocabulary), 16)
+    assert in_rows is not None
+    assert whole is not None
+    torch.testing.assert_close(in_rows, whole, rtol=1e-2 if kind == torch.bfloat16 else 0, atol=1e-4)
 
 
 def test_bfloat16_gradients_are_scaled_in_float32() -> None:

@@ -19,6 +19,7 @@ from distft.store.digest import document_digest, file_sha256, files_sha256
 def _memo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTFT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(digest, "_known", {})
+    monkeypatch.setattr(digest, "_read", ())
     monkeypatch.setattr(digest, "YOUNG_SECONDS", 0.0)
 
 
@@ -34,6 +35,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a new process would."""
     monkeypatch.setattr(digest, "_known", {})
+    monkeypatch.setattr(digest, "_read", ())
 
 
 def test_a_document_digest_is_what_its_format_says() -> None:

@@ -58,7 +58,8 @@ def test_an_honest_cache_of_another_family_and_precision(tmp_path: Path, name: s
     made.score()
     found = probe(made, 4)
     assert found["documents"] == 4
-    assert found["tolerance"] == 0.1
+    assert (found["tolerance"], found["tolerance_share"]) == (0.1, 0.25)
+    assert found["worst"] <= 0.5
 
 
 # A lie takes the model and a document and gives what a wrong teacher, or a wrong program, would have stored.
