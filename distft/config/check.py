@@ -33,6 +33,10 @@ def _objective(run: Run) -> list[str]:
             f"objective.prompt_kl={rule.prompt_kl:g} needs the teacher on the prompt's tokens, and score.positions="
             f"{run.score.positions} leaves them out; set score.positions=all"
         )
+    if rule.prompt_kl > 0 and run.data.train.format == "text":
+        problems.append(
+            f"objective.prompt_kl={rule.prompt_kl:g} holds prompts, and data.train.format=text has none: all of a text is supervised"
+        )
     return problems + _softening(run, kind) + _budget(run, kind) + _distribution(run, kind)
 
 
@@ -49,15 +53,33 @@ def _budget(run: Run, kind: str) -> list[str]:
     if run.objective.drift_budget is None:
         return []
     problems = []
-    if not run.objective.needs_distribution:
+    if not (run.objective.holds or run.objective.prompt_kl > 0):
         problems.append(
-            f"objective.drift_budget controls weights on divergences, and {kind} has none: take sft_kl, or set it to null"
+            f"objective.drift_budget controls weights on divergences, and {kind} has none with these settings: take sft_kl, or set it "
+            "to null"
+        )
+    if run.teacher.path is not None:
+        problems.append(
+            f"objective.drift_budget keeps the model near where it started, and drift is the distance from teacher.path="
+            f"{run.teacher.path}, which training is to shorten: set one of them to null"
         )
     if run.data.heldout is None or run.train.drift_every_steps is None:
         problems.append(
             "objective.drift_budget is controlled by drift that is measured on the way: give data.heldout and train.drift_every_steps"
         )
-    return problems
+    rare = too_rarely_measured(run, run.train.max_steps)
+    return problems if rare is None else [*problems, rare]
+
+
+def too_rarely_measured(run: Run, steps: int | None) -> str | None:
+    """Why a drift budget cannot be controlled in so many steps. The last measurement controls nothing, and one alone no movement."""
+    every = run.train.drift_every_steps
+    if run.objective.drift_budget is None or every is None or steps is None or (count := -(-steps // every)) > 2:
+        return None
+    return (
+        f"objective.drift_budget is controlled by drift as it moves, and with train.drift_every_steps={every} it is measured "
+        f"{'once' if count == 1 else 'twice'} in {steps} steps: make it at most {max(1, (steps - 1) // 2)}"
+    )
 
 
 def _distribution(run: Run, kind: str) -> list[str]:

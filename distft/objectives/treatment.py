@@ -73,6 +73,8 @@ class Signals:
     """Which tokens somebody marked as the ones to be learned; None without an annotation."""
     vocabulary: int = 0
     """How many tokens the student's distribution is over, for entropies as a share of the highest possible one; 0: not said."""
+    rounding: float = 1e-5
+    """Nats by which two passes of equal weights over the same token may be apart."""
     live: LiveSignals | None = None
     """Given to rules that are `live`, None to all others."""
 
@@ -150,13 +152,12 @@ class ObjectiveRule(Section):
     @property
     def needs_distribution(self) -> bool:
         """True when any token may get a weight on KL(q||p) or KL(p||q), or when `treat` reads one of them."""
-        return self.prompt_kl > 0
+        return self.holds or self.prompt_kl > 0
 
     @property
     def holds(self) -> bool:
-        """True when any token that is learned from may get a weight on KL(q||p) or KL(p||q). A rule that only reads one of them needs
-        the distribution and holds nothing."""
-        return type(self).needs_distribution is not ObjectiveRule.needs_distribution
+        """True when any token of an answer may get a weight on KL(q||p) or KL(p||q), with these settings."""
+        return False
 
     @property
     def needs_tail(self) -> bool:

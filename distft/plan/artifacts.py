@@ -11,10 +11,12 @@ from distft.config.schema import Run
 from distft.store.location import Location
 from distft.store.manifest import Manifest, describe, differences, read_manifest
 from distft.store.nearest import nearest
+from distft.teacher.head_file import head_is_there, keeps_hidden
 from distft.teacher.identity import (
     IDENTITY,
     documents_key,
     held_documents,
+    is_whole,
     quarantined_documents,
     read_parts,
     teacher_folder,
@@ -81,6 +83,12 @@ def _teacher(store: Location, identity: dict[str, Any], digests: Set[str] | None
         if other is None:
             return Status(artifact="teacher", state="missing", note="", verb="score")
         return Status(artifact="teacher", state="stale", note=describe(other.fields), verb="score")
+    coverage = read_manifest(folder.child("coverage"), f"{documents_key(digests)}.json") if digests is not None else None
+    if digests is not None and coverage is not None and is_whole(coverage):
+        if keeps_hidden(identity) and not head_is_there(folder):
+            note = f"all {len(digests):,} documents, without the copy of the teacher's head; it alone is written again"
+            return Status(artifact="teacher", state="partial", note=note, verb="score")
+        return Status(artifact="teacher", state="have", note=f"all {len(digests):,} documents", verb="score")
     parts = read_parts(folder)
     held, unreadable = held_documents(parts), quarantined_documents(parts).keys()
     if digests is None:
@@ -90,9 +98,6 @@ def _teacher(store: Location, identity: dict[str, Any], digests: Set[str] | None
             note=f"{len(held):,} documents; how many serve is known after tokenize",
             verb="score",
         )
-    coverage = read_manifest(folder.child("coverage"), f"{documents_key(digests)}.json")
-    if coverage is not None and not coverage.facts.get("quarantined"):
-        return Status(artifact="teacher", state="have", note=f"all {len(digests):,} documents", verb="score")
     note = f"{len(digests & held):,} of {len(digests):,} documents"
     if digests - held - unreadable:
         note += "; the others alone are scored"

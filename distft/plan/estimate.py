@@ -16,8 +16,8 @@ H100_FLOPS = 989e12
 UTILISATION = 0.4
 """Of dense bf16 peak; full-weight fine-tunings of 7B-8B models on H100 are published at 0.33 to 0.46."""
 
-HEAD_BUFFER_BYTES = 3 << 27
-"""Three [chunk, vocabulary] buffers of `objectives.loss.CHUNK_BYTES`, repeated here so that a plan needs no torch; a test compares."""
+HEAD_BUFFER_BYTES = 1 << 29
+"""All [chunk, vocabulary] buffers: `objectives.loss.BUFFER_BYTES`, repeated here so that a plan needs no torch; a test compares."""
 
 SIGNAL_BYTES = 14
 """Position, log q(y), entropy, rank, tail and count of one token, as they lie compressed (README, "Compute a teacher cache once")."""
@@ -121,5 +121,6 @@ def memory_per_rank(run: Run, parameters: int, config: dict[str, Any]) -> int:
     # 34 bytes per token, layer and unit of width in half precision without the attention matrix (Korthikanti et al. 2022, eq. 2)
     per_token = 2 * width * layers if run.train.gradient_checkpointing else 34 * width * layers
     activations = per_token * (1 if half else 2) * run.train.micro_batch_tokens
-    head = HEAD_BUFFER_BYTES + 4 * int(config.get("vocab_size", 0)) * width
+    # of a micro-batch's head the gradient's float32 sum, and in bfloat16 what it is rounded to before it is added to the others
+    head = HEAD_BUFFER_BYTES + (6 if half else 4) * int(config.get("vocab_size", 0)) * width
     return (20 if half else 16) * parameters + activations + head

@@ -26,7 +26,7 @@ from distft.config.schema import Run
 from distft.errors import ConfigError, StoreError
 from distft.objectives.catalog import Stm
 from distft.plan.show import TREATMENT_WORDS, percent, sample_text
-from distft.plan.token_text import TokenTexts, visible
+from distft.plan.token_text import TokenTexts, coded, visible
 from distft.plan.tokens import BOTH, HELD, LEARNED, LIKELY, QUADRANTS, TAUS, TREATMENTS, Applied, TokenPlan
 from distft.store.location import Location
 from distft.store.model_folder import ModelFolder
@@ -236,7 +236,7 @@ def _document(plan: TokenPlan, one: Shown, marks: npt.NDArray[np.int64], texts: 
         f", the first {one.stop - one.start:,} shown" if one.stop - one.start < total else ""
     )
     return {
-        "place": f"{Path(document.file).name}, row {document.row:,}", "digest": document.digest, "why": one.why,
+        "place": f"{coded(Path(document.file).name)}, row {document.row:,}", "digest": document.digest, "why": one.why,
         "size": size, "html": document_html(plan, one, marks, texts),
         "sums": " · ".join(f"{TREATMENT_WORDS[TREATMENTS[n]]} {percent(count[n])} of tokens, {percent(mass[n])} of CE" for n in there),
         "bar": [_part(TREATMENTS[n], float(mass[n])) for n in there],
@@ -276,7 +276,8 @@ def _plain(run: Sequence[tuple[int, str]], edge: int, texts: TokenTexts) -> str:
 
 
 def _token(number: int, piece: str, texts: TokenTexts, *, alone: bool = True) -> str:
-    return f"<u>{escape(piece)}</u>" if number in texts.special and piece.strip() else visible(piece, alone=alone)
+    text = visible(piece, alone=alone)
+    return f"<u>{text}</u>" if number in texts.special and piece.strip() else text
 
 
 def _data(
@@ -307,12 +308,15 @@ def _data(
 
 
 def _palette(weights: npt.NDArray[np.float32]) -> tuple[list[list[float]], npt.NDArray[np.int64]]:
-    """The different weights of all tokens and each token's place among them, to as many decimals as leave 4096 at most."""
-    for decimals in (5, 4, 3, 2, 1, 0):
-        rows, places = np.unique(np.round(weights.T.astype(np.float64), decimals), axis=0, return_inverse=True)
+    """The different weights of all tokens and each token's place among them, to as many decimals as leave 4096 at most: hundred
+    thousandths of a unit, or more where weights are large or many."""
+    exact = weights.T.astype(np.float64)
+    decimals = 5 - max(0, math.ceil(math.log10(max(1.0, float(np.abs(exact).max(initial=0.0))))) - 2)
+    while True:
+        rows, places = np.unique(np.round(exact, decimals), axis=0, return_inverse=True)
         if len(rows) <= len(SIGNS) ** 2:
-            return [[round(value, 5) for value in row] for row in rows.tolist()], places.reshape(-1)
-    raise AssertionError("weights of an objective are a few units at most")
+            return [[round(value, max(0, decimals)) for value in row] for row in rows.tolist()], places.reshape(-1)
+        decimals -= 1
 
 
 def _packed(places: npt.NDArray[np.int64]) -> str:

@@ -89,6 +89,11 @@ def visible(text: str, *, alone: bool) -> str:
     return "".join(_sign(sign, blank) for sign in text)
 
 
+def coded(text: str) -> str:
+    """The text with the code of each sign that cannot be seen or turns the text around in its place; to be escaped by who shows it."""
+    return "".join(f"U+{ord(sign):04X}" if unicodedata.category(sign) in _INVISIBLE else sign for sign in text)
+
+
 def _sign(sign: str, blank: bool) -> str:
     if sign == "\n":
         return "<b>↵</b>\n"
@@ -100,6 +105,4 @@ def _sign(sign: str, blank: bool) -> str:
         return "<b>·</b>" if blank else " "
     if sign in (BROKEN, PART):
         return f"<b>{sign}</b>"
-    if unicodedata.category(sign) in _INVISIBLE:
-        return f"<b>U+{ord(sign):04X}</b>"
-    return escape(sign)
+    return f"<b>{coded(sign)}</b>" if unicodedata.category(sign) in _INVISIBLE else escape(sign)

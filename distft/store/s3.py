@@ -47,7 +47,9 @@ PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, *(LONGEST_PAUSE,) * 5)
 that never answered this process gets the first three alone: a wrong address is told soon."""
 
 TOLD_AFTER = 15.0
-"""Seconds of waiting for one request after which the user is told, and between two such lines of a process."""
+"""Seconds of waiting for one request after which the user is told, once."""
+SILENT_SECONDS = 60.0
+"""Between two such lines of a process, however many requests wait."""
 
 REREADS = 2
 """Tries after the first of a request whose bytes were wrong, whatever else it suffers: on their way they are wrong once, in the store
@@ -56,7 +58,7 @@ always."""
 _clients: dict[tuple[object, ...], S3FileSystem] = {}
 _lock = threading.Lock()
 _answered: set[str] = set()
-_told_at = float("-inf")
+_waiting_told = float("-inf")
 
 
 class S3Location(Location):
@@ -311,7 +313,7 @@ class S3Location(Location):
 
     def _patiently(self, attempt: Callable[[], T], verb: str, name: str) -> T:
         """The result of a request, asked again, a bounded number of times, while the trouble may pass."""
-        tries, rereads, began = 0, 0, time.monotonic()
+        tries, rereads, told, began = 0, 0, False, time.monotonic()
         while True:
             try:
                 result = attempt()
@@ -331,7 +333,8 @@ class S3Location(Location):
                 _answered.add(_endpoint())
                 return result
             pause = min(LONGEST_PAUSE, PAUSES[spent] * random.uniform(0.5, 1.5))
-            if time.monotonic() + pause - began >= TOLD_AFTER:
+            if not told and time.monotonic() + pause - began >= TOLD_AFTER:
+                told = True
                 _say_waiting(why)
             time.sleep(pause)
             tries, rereads = tries + (not garbled), rereads + garbled
@@ -348,11 +351,11 @@ class S3Location(Location):
 
 
 def _say_waiting(why: str) -> None:
-    """One line now and then, however many requests wait at once."""
-    global _told_at
+    global _waiting_told
     with _lock:
-        due = time.monotonic() - _told_at >= TOLD_AFTER
-        _told_at = time.monotonic() if due else _told_at
+        now = time.monotonic()
+        due = now - _waiting_told >= SILENT_SECONDS
+        _waiting_told = now if due else _waiting_told
     if due:
         say(f"Waiting for the store: {why}. Tries go on for about {sum(PAUSES) / 60:.0f} minutes.")
 

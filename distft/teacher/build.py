@@ -10,6 +10,7 @@ Here is the driver: what is missing, cut into units. `teacher/scorer.py` scores 
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,7 @@ from distft.teacher.identity import (
     teacher_folder,
     teacher_identity,
 )
+from distft.teacher.part import numbered
 from distft.teacher.scorer import Scorer, ScorerPlan, Unit, UnitScored
 
 PART_TOKENS = 1 << 20
@@ -76,6 +78,7 @@ class Scored:
     coverage: Coverage
     """Of the whole corpus, after a trial too; only a trial leaves documents missing."""
     documents_scored: int
+    """By this driver: what another was first with does not count, nor do its tokens."""
     tokens_scored: int
     tokens_per_second: float | None
     """Tokens that were read in a second, by all scorers; None where there was too little to tell."""
@@ -103,7 +106,10 @@ def build_teacher(run: Run, corpus: Corpus, model: ModelFolder, store: Location,
     units = _fresh(units_of(corpus, asked, set(missing), part_tokens(run, model)), parts)
     if not units:
         _restore_head(plan, map_units)
-    results, pace = _score(plan, units, map_units) if units else ([], None)
+        found = commit_coverage(folder, wanted, parts) if run.score.limit is None else survey(wanted, parts)
+        return Scored(folder=folder, coverage=found, documents_scored=0, tokens_scored=0, tokens_per_second=None)
+    del parts, held, missing  # names of all documents, thrice: nothing to hold while the teacher reads
+    results, pace = _score(plan, units, map_units)
     return Scored(
         folder=folder,
         coverage=commit_coverage(folder, wanted) if run.score.limit is None else survey(wanted, read_parts(folder)),
@@ -134,7 +140,7 @@ def _restore_head(plan: ScorerPlan, map_units: MapUnits) -> None:
 
 
 class _Pace:
-    """Passes amounts of work on, and knows how many a second were done since the first scorer was ready: loading a model takes no
+    """Passes amounts of work on, and knows how many a second were read since the first scorer was ready: loading a model takes no
     longer for a larger corpus."""
 
     def __init__(self, report: Callable[[float, str], object]) -> None:
@@ -148,12 +154,16 @@ class _Pace:
         self.done += amount
         self.report(amount, note)
 
-    @property
-    def rate(self) -> float | None:
-        return self.done / (self.last - self.start) if self.done > 0 and self.last > self.start else None
+    def rate(self, found: float) -> float | None:
+        """`found` were passed on without being read: their parts were there."""
+        read = self.done - found
+        return read / (self.last - self.start) if read > 0 and self.last > self.start else None
 
 
 def _score(plan: ScorerPlan, units: list[Unit], map_units: MapUnits) -> tuple[list[UnitScored], float | None]:
+    """In an order that means nothing, and that no other driver has: of two at once, each then finds the other's parts and scores the
+    rest. In one order both would read the same documents all the time."""
+    units = random.Random().sample(units, len(units))
     with track("score", sum(unit.tokens for unit in units), "tokens") as meter:
         pace = _Pace(meter.advance)
         results = list(map_units(plan, units, pace))
@@ -161,14 +171,14 @@ def _score(plan: ScorerPlan, units: list[Unit], map_units: MapUnits) -> tuple[li
     if crowded:
         say(f"score: {crowded:,} batches did not fit in memory and were read document by document, which takes longer. Lower "
             f"score.tokens_per_batch, which is {plan.run.score.tokens_per_batch:,}.")  # fmt: skip
-    return results, pace.rate
+    return results, pace.rate(sum(result.found_tokens for result in results))
 
 
 def _fresh(units: list[Unit], parts: list[Manifest]) -> list[Unit]:
     """The units under names that no part has. One of the very same documents is there when none of them could be read, and all are
     tried again."""
     taken = Counter(part.identity["documents"] for part in parts)
-    return [replace(unit, name=f"{unit.name}-{taken[unit.name] + 1}") if taken[unit.name] else unit for unit in units]
+    return [replace(unit, name=numbered(unit.name, taken[unit.name] + 1)) for unit in units]
 
 
 def part_tokens(run: Run, model: ModelFolder) -> int:
@@ -182,8 +192,12 @@ def part_tokens(run: Run, model: ModelFolder) -> int:
 def units_of(
     corpus: Corpus, wanted: dict[str, tuple[str, int]], missing: set[str], most: int = PART_TOKENS
 ) -> list[Unit]:  # fmt: skip
-    """What is missing, as units. They are cut out of the whole corpus, and those that are held already drop out: what an interrupted
-    run has left over is then scored in the same company, and so to the same bits, as if nothing had happened."""
+    """What is missing, as units. They are cut out of all that is wanted, and those that are held already drop out: what an interrupted
+    run has left over is then scored in the same company, and so to the same bits, as if nothing had happened.
+
+    A trial (`score.limit`) wants its few documents alone. Cut out of the whole corpus, they would be one unit, which one scorer reads
+    while the others wait, and its pace would be no measure of theirs. So a full run finds them with the bits of the trial's batches,
+    which differ from its own as those of another score.tokens_per_batch do."""
     lengths = {split: corpus.lengths(split) for split in corpus.splits}
     sizes = {digest: int(lengths[split][row]) for digest, (split, row) in wanted.items()}
     parts = _cut(list(wanted), list(sizes.values()), max(1, min(most, sum(sizes.values()) // PARTS_AT_LEAST)))

@@ -18,6 +18,7 @@ from distft.config.schema import Run
 from distft.corpus.reader import Corpus, Document
 from distft.corpus.render import render_source
 from distft.engine.world import device_count, this_device
+from distft.errors import ConfigError
 from distft.progress import Meter, say, track
 from distft.store.location import open_location
 from distft.store.model_folder import ModelFolder
@@ -66,7 +67,15 @@ class Calibration:
 
 
 def calibrate(run: Run, model: ModelFolder, teacher: ModelFolder, corpus: Corpus | None) -> Calibration:
-    """Measures on documents of the corpus where there is one, else on the first rows of the data."""
+    """Measures on documents of the corpus where there is one, else on the first rows of the data. One process is one GPU: a teacher
+    over several is refused."""
+    if run.score.tensor_parallel > 1:
+        raise ConfigError(
+            "A teacher that is spread over GPUs is not measured here: it needs a process for each.",
+            where=f"score.tensor_parallel={run.score.tensor_parallel}",
+            help="Measure it by a trial: `distft score` with score.limit=100 reads so many documents, keeps them, and says what the "
+            "rest will take. Or plan without --calibrate.",
+        )  # fmt: skip
     documents = _spread(corpus) if corpus else _first(run, model)
     tokens = sum(len(document) for document in documents)
     device = this_device()
@@ -90,11 +99,14 @@ def calibrate(run: Run, model: ModelFolder, teacher: ModelFolder, corpus: Corpus
 
 
 def scorers(run: Run) -> int:
-    """How many scorers share the work, on this machine as many as have a device of their own; `auto` on a cluster counts as one."""
-    gpus, asked, local = device_count(), run.score.workers, run.cluster.address == "local"
+    """How many scorers share the work, on this machine as many as have devices of their own; `auto` on a cluster counts as one."""
+    asked, group = run.score.workers, run.score.tensor_parallel
+    if run.cluster.address != "local":
+        return 1 if asked == "auto" else asked
+    gpus = device_count()
     if asked == "auto":
-        return max(1, gpus) if local else 1
-    return min(asked, gpus or len(os.sched_getaffinity(0))) if local else asked
+        return max(1, gpus // group)
+    return min(asked, max(1, (gpus or len(os.sched_getaffinity(0))) // group))
 
 
 class _Sample(Corpus):

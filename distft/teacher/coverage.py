@@ -1,7 +1,7 @@
 """How much of a corpus a cache holds: what `coverage/<documents>.json` states, and what `distft score` tells of it.
 
 A coverage names the parts that hold all documents of a corpus, and those that the teacher could not read. One with such documents
-serves no run, since training refuses it; it alone may be replaced, once the documents could be read after all.
+serves no run, since training refuses it; it alone may be replaced, once the documents could be read after all. One without stays.
 """
 
 from __future__ import annotations
@@ -72,28 +72,42 @@ def survey(wanted: Places, parts: Iterable[Manifest]) -> Coverage:
 def read_coverage(folder: Location, wanted: Places) -> Coverage | None:
     """The corpus's coverage, if one is committed that no later part can have changed: with all documents."""
     stated = read_manifest(folder.child("coverage"), f"{documents_key(wanted)}.json")
-    if stated is None or not is_whole(stated):
-        return None
+    return None if stated is None or not is_whole(stated) else _whole(wanted, stated)
+
+
+def _whole(wanted: Places, stated: Manifest) -> Coverage:
     facts = {key: stated.facts[key] for key in ("scored_tokens", "entries", "bytes")}
     return Coverage(wanted=wanted, held=set(wanted), quarantined={}, files=stated.files, facts=facts)
 
 
-def commit_coverage(folder: Location, wanted: Places) -> Coverage:
-    """States that the corpus is covered; every document must have been tried."""
-    found = survey(wanted, read_parts(folder))
-    if found.missing:
-        raise DistftError(f"{len(found.missing)} documents are in no part of the cache although all were scored.", where=folder.url,
-                          help="Parts were deleted while this ran. Run `distft score` again.")  # fmt: skip
-    key = documents_key(wanted)
-    identity = {"teacher": folder.url.rsplit("/", 1)[-1], "documents": key}
-    facts = {**found.facts, "documents": len(wanted), "quarantined": found.quarantined}
-    manifest = Manifest(kind="teacher-coverage", identity=identity, files=found.files, facts=facts)
-    there = read_manifest(folder.child("coverage"), f"{key}.json")
-    if there is None:
-        commit(folder, manifest, f"coverage/{key}.json")
-    elif there.facts.get("quarantined", {}) != found.quarantined:
-        folder.replace(f"coverage/{key}.json", manifest.to_json())
-    return found
+def commit_coverage(folder: Location, wanted: Places, parts: Iterable[Manifest] | None = None) -> Coverage:
+    """States that the corpus is covered, and returns what is stated then; every document must have been tried. `parts` are those of
+    the cache, where they were read already.
+
+    Another driver may read what was quarantined here, and state that while this one looks. A whole coverage is never replaced by
+    what was surveyed before it; where that happens between a look and a write, the survey behind the write finds the other's part,
+    and states it again. Parts only grow in number, so it ends."""
+    name, found = f"coverage/{documents_key(wanted)}.json", survey(wanted, read_parts(folder) if parts is None else parts)
+    while True:
+        if found.missing:
+            raise DistftError(
+                f"{len(found.missing)} documents are in no part of the cache although all were scored.", where=folder.url,
+                help="Parts were deleted while this ran. Run `distft score` again.",
+            )  # fmt: skip
+        ours = _statement(folder, found)
+        there = read_manifest(folder, name) or commit(folder, ours, name)
+        if is_whole(there):
+            return _whole(wanted, there)
+        if there.facts["quarantined"] == found.quarantined:
+            return found
+        folder.replace(name, ours.to_json())
+        found = survey(wanted, read_parts(folder))
+
+
+def _statement(folder: Location, found: Coverage) -> Manifest:
+    identity = {"teacher": folder.url.rsplit("/", 1)[-1], "documents": documents_key(found.wanted)}
+    facts = {**found.facts, "documents": len(found.wanted), "quarantined": found.quarantined}
+    return Manifest(kind="teacher-coverage", identity=identity, files=found.files, facts=facts)
 
 
 def coverage_report(found: Coverage, corpus: Corpus, positions: str) -> dict[str, Any]:

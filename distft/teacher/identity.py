@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from distft.store.model_folder import ModelFolder
 
 FORMAT = "distft-teacher-3"
 IDENTITY = "IDENTITY.json"
+READERS = 16
+"""Parts that are asked for at once where each is a request to a server."""
 
 
 def teacher_identity(folder: ModelFolder, score: Score, dtype: str) -> dict[str, Any]:
@@ -70,7 +74,11 @@ def is_whole(coverage: Manifest) -> bool:
 
 
 def read_parts(folder: Location) -> list[Manifest]:
-    """All committed parts, in name order."""
+    """All committed parts, in name order. A cache may have thousands, so whoever has read them passes them on."""
     parts = folder.child("parts")
-    found = (read_manifest(parts, name) for name in parts.names())
-    return [part for part in found if part is not None]
+    names = parts.names()
+    read = partial(read_manifest, parts)
+    if not names or parts.local(names[0]) is not None:
+        return [part for part in map(read, names) if part is not None]
+    with ThreadPoolExecutor(min(READERS, len(names))) as pool:
+        return [part for part in pool.map(read, names) if part is not None]

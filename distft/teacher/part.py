@@ -25,9 +25,21 @@ AHEAD = 4
 Row = tuple[Document, Scores]
 
 
+def numbered(name: str, number: int) -> str:
+    """The name of another part of the very same documents; the first has number 1."""
+    return f"{name}-{number}" if number > 1 else name
+
+
+def next_name(name: str) -> str:
+    documents, _, number = name.partition("-")
+    return numbered(documents, int(number or 1) + 1)
+
+
 class PartWriter:
-    """Data first, then the manifest that gives it a meaning. An exception leaves nothing behind, and what goes wrong in the thread is
-    raised by the next call."""
+    """Data first, then the manifest that gives it a meaning. What goes wrong in the thread is raised by the next call.
+
+    An exception before `commit` leaves nothing behind, and what waits then is thrown away unwritten. One in the middle of it may leave
+    a data file that no manifest names, until `prune` takes it: whether the manifest came to be is not known then."""
 
     def __init__(self, folder: Location, name: str) -> None:
         self.folder, self.name = folder, name
@@ -40,11 +52,13 @@ class PartWriter:
         self._rows = RecordBatches()
         self._queue: Queue[list[Row] | None] = Queue(AHEAD)
         self._error: BaseException | None = None
+        self._given_up = False
         self._thread = Thread(target=self._work, name="part-writer", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._given_up = kind is not None
         self._finish()
         self._stack.__exit__(kind, error, trace)
 
@@ -58,9 +72,9 @@ class PartWriter:
         self._raise()
         self._queue.put(rows)
 
-    def commit(self, quarantined: dict[str, str], facts: dict[str, Any]) -> None:
-        """Names the data in a manifest. Another driver may have been first with the same documents; its part stands then, and ours is
-        deleted."""
+    def commit(self, quarantined: dict[str, str], facts: dict[str, Any]) -> bool:
+        """Names the data in a manifest; whether it stands. Another driver may have been first with the same documents: its part stands
+        then, and ours is deleted, unless it could not read all that was read here. Ours stands beside it then, under the next name."""
         self._finish()
         self._raise()
         written: tuple[FileEntry, ...] = ()
@@ -75,10 +89,14 @@ class PartWriter:
             "entries": self.entries, **facts,
         }  # fmt: skip
         ours = Manifest(kind="teacher-part", identity=identity, files=written, facts=facts)
-        named = {entry.name for entry in commit(self.folder, ours, f"parts/{self.name}.json").files}
-        for entry in written:
-            if entry.name not in named:
-                self.folder.delete(entry.name)
+        read = set(self.digests)
+        while (theirs := commit(self.folder, ours, f"parts/{self.name}.json")).files != written:
+            if not read & theirs.facts.get("quarantined", {}).keys():
+                for entry in written:
+                    self.folder.delete(entry.name)
+                return False
+            self.name = next_name(self.name)
+        return True
 
     def _finish(self) -> None:
         """Waits until all that was added is written."""
@@ -92,7 +110,7 @@ class PartWriter:
 
     def _work(self) -> None:
         while (rows := self._queue.get()) is not None:
-            if self._error is not None:
+            if self._error is not None or self._given_up:
                 continue  # drains, so that nobody waits for room
             try:
                 for full in self._rows.add(rows):
@@ -100,7 +118,7 @@ class PartWriter:
             except BaseException as error:
                 self._error = error
         try:
-            if self._error is None and (last := self._rows.rest()):
+            if self._error is None and not self._given_up and (last := self._rows.rest()):
                 self._write(last)
         except BaseException as error:
             self._error = error

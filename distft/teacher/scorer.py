@@ -22,6 +22,7 @@ from distft.engine.memory import enough_memory
 from distft.engine.world import World, join_group, this_device
 from distft.errors import CorruptArtifactError, DistftError, StaleArtifactError
 from distft.store.digest import memo_path
+from distft.store.local import exclusively
 from distft.store.location import Location
 from distft.store.manifest import Manifest
 from distft.store.model_folder import ModelFolder, resolve_model
@@ -31,6 +32,16 @@ from distft.teacher.identity import documents_key, scored_positions, teacher_ide
 from distft.teacher.part import PartWriter
 from distft.teacher.quarantine import LESS_MEMORY, Reading, attempt, positions_limit, read_apart, witnesses
 from distft.teacher.scores import Scores
+
+TOO_LARGE = (
+    "It is the weights that do not fit, whatever the batch: spread them with score.tensor_parallel, halve them with"
+    " teacher.dtype=bfloat16, or take a GPU with more memory. Fewer scorers on a machine leave more to each."
+)
+"""What helps where the memory does not suffice to load a teacher."""
+FAILED_TOGETHER = (
+    "The worker's own message, above, says what failed. With score.tensor_parallel=1, where the teacher fits on one GPU, it shows"
+    " whether it is the group. What was scored so far is kept."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +57,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitScored:
-    """What became of a unit; all are 0 where its part was there already."""
+    """What became of a unit: what this scorer added to the cache. Nothing, where its part was there, or another was faster with it."""
 
     documents: int
     """Those with scores."""
@@ -54,6 +65,8 @@ class UnitScored:
     quarantined: int = 0
     crowded: int = 0
     """Batches that did not fit in memory at once, and were read document by document."""
+    found_tokens: int = 0
+    """Those that nobody here had to read, for the part was there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +96,9 @@ class ScorerPlan:
         config = self.run.teacher_model
         given = str(self.model.path), None
         model = resolve_model(*(given if self.model.path.is_dir() else (config.path, config.revision)))
-        identity = teacher_identity(model, self.run.score, config.dtype)
+        # On a fresh machine all its scorers get here at once: one reads every byte of the weights, the others find the digests.
+        with exclusively(memo_path().with_name(f"hashing-{_teacher_id(self.folder)}.lock")):
+            identity = teacher_identity(model, self.run.score, config.dtype)
         if Manifest(kind="teacher", identity=identity, files=()).id != _teacher_id(self.folder):
             raise StaleArtifactError(
                 "The teacher's files on this machine are not those that the command was started with.", where=str(model.path),
@@ -104,7 +119,7 @@ class Scorer:
         self, run: Run, corpus: Corpus, model: ModelFolder, folder: Location, group: World | None = None
     ) -> None:  # fmt: skip
         self.run, self.corpus, self.model, self.folder, self.group = run, corpus, model, folder, group or World()
-        with enough_memory(LESS_MEMORY):
+        with enough_memory(TOO_LARGE):
             self.teacher = load_model(
                 model, dtype=run.teacher_model.dtype, attention=run.model.attention, head_rows=token_rows(model),
                 device=this_device(), group=group,
@@ -118,18 +133,22 @@ class Scorer:
         [there] = self.group.total(self.group.leads and self.folder.exists(f"parts/{unit.name}.json"))
         if there:
             yield unit.tokens
-            return UnitScored(documents=0, scored_tokens=0)
+            return UnitScored(documents=0, scored_tokens=0, found_tokens=unit.tokens)
         documents = [self.corpus.document(*place) for place in unit.places]
         if documents_key(document.digest for document in documents) != unit.name.partition("-")[0]:
             raise CorruptArtifactError(f"The documents of unit {unit.name} are others here.", where=self.corpus.folder.url,
                                        help="Run the command again, and `distft tokenize` if that does not help.")  # fmt: skip
+        stands = True
         with PartWriter(self.folder, unit.name) as part:
             reading = yield from self.read(documents, part.add if self.group.leads else lambda rows: None)
             if not reading.documents:
                 self._refuse_a_broken_teacher(documents[0], reading)
             if self.group.leads:
                 device = self.teacher.device.type
-                part.commit(reading.quarantined, {"torch": str(torch.__version__), "device": device, "ranks": self.group.size})
+                facts = {"torch": str(torch.__version__), "device": device, "ranks": self.group.size}
+                stands = part.commit(reading.quarantined, facts)
+        if not stands:
+            return UnitScored(documents=0, scored_tokens=0, crowded=reading.crowded)
         return UnitScored(
             documents=reading.documents, scored_tokens=reading.scored_tokens, quarantined=len(reading.quarantined),
             crowded=reading.crowded,
@@ -152,15 +171,24 @@ class Scorer:
     @contextmanager
     def _no_rank_goes_on_alone(self) -> Iterator[None]:
         """What a rank alone would read again, the others would not, and all would wait for ever."""
-        try:
+        if self.group.size == 1:
             yield
-        except RuntimeError as error:
-            if self.group.size == 1:
+            return
+        try:
+            with enough_memory(LESS_MEMORY):
+                yield
+        except DistftError as error:
+            if not isinstance(error.__cause__, RuntimeError):  # what `enough_memory` translates comes from one
                 raise
-            raise DistftError(
-                f"Rank {self.group.rank} of {self.group.size} that hold the teacher together failed: {str(error)[:300]}",
-                where=f"score.tensor_parallel={self.group.size}", help=LESS_MEMORY,
-            ) from None  # fmt: skip
+            raise self._failed_together(error.problem, error.help) from None
+        except RuntimeError as error:
+            raise self._failed_together(str(error), FAILED_TOGETHER) from None
+
+    def _failed_together(self, problem: str, help: str) -> DistftError:
+        return DistftError(
+            f"Rank {self.group.rank} of {self.group.size} that hold the teacher together failed: {problem[:300]}",
+            where=f"score.tensor_parallel={self.group.size}", help=help,
+        )  # fmt: skip
 
     def _refuse_a_broken_teacher(self, first: Document, reading: Reading) -> None:
         """A teacher that can read nothing of a unit, nor of some other documents, is broken, or its device is: to quarantine all

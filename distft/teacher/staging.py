@@ -133,9 +133,12 @@ def _swept(path: Path, folder: Path, kept: Collection[str]) -> bool:
                 path.unlink()
         return gone
     if folder.name == COMPRESSED and _DIGEST.fullmatch(path.name) and path.name not in kept:
-        with exclusively(folder.parent / f"{path.name}{LOCK}", wait=False) as free:
+        lock = folder.parent / f"{path.name}{LOCK}"
+        with exclusively(lock, wait=False) as free:
             if free:
                 path.unlink()
+                if not _beside(lock, PLAIN).exists():
+                    lock.unlink(missing_ok=True)
         return free
     return False
 
@@ -180,14 +183,15 @@ def _let_go(entry: FileEntry, staging: Path) -> None:
 
 
 def _with_room(write: Callable[[], T], staging: Path, used: Collection[Path]) -> T:
-    """Tries once more on a full disk, when all that nobody uses has gone: how much is missing, no disk or quota says."""
+    """Tries once more on a full disk, when all that nobody uses has gone, here or by another thread: how much is missing, no disk or
+    quota says."""
     try:
         return write()
     except StoreError as error:
         cause = error.__cause__
-        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full or not make_room(staging, used, share=1.0):
+        if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+    make_room(staging, used, share=1.0)
     return write()
 
 
@@ -207,8 +211,9 @@ def _copy(entry: FileEntry, staging: Path) -> Path:
     return staging / f"{entry.sha256}{PLAIN}"
 
 
-def _beside(copy: Path, suffix: str) -> Path:
-    return copy.with_name(copy.name.removesuffix(PLAIN) + suffix)
+def _beside(path: Path, suffix: str) -> Path:
+    """A shard's copy, seal or lock, by another of them."""
+    return path.with_name(path.name.partition(".")[0] + suffix)
 
 
 def _has_room(staging: Path, share: float) -> bool:

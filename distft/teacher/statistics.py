@@ -1,5 +1,6 @@
-"""What a cache says in sum: how sure its teacher was, and how much of its distribution was kept. One pass over the shards; memory
-does not grow with them."""
+"""What a cache says in sum: how sure its teacher was, and how much of its distribution was kept. One pass over the shards, of which
+one record batch is in memory at a time. What grows with the cache is the names of its documents: in its parts' manifests, and a set of
+those that were seen, so that each counts once."""
 
 from __future__ import annotations
 

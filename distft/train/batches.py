@@ -61,13 +61,15 @@ def share(batches: Sequence[list[int]], world: World) -> list[list[int]]:
 
 
 class Feed:
-    """Turns document rows into micro-batches with targets. `vocabulary` is the number of tokens that the student chooses among."""
+    """Turns document rows into micro-batches with targets. `vocabulary` is the number of tokens that the student chooses among,
+    `rounding` the nats of KL that a student may be apart from itself."""
 
     def __init__(
-        self, corpus: Corpus, cache: TeacherCache | None, objective: Objective, train: Train, world: World, *, vocabulary: int
-    ) -> None:
+        self, corpus: Corpus, cache: TeacherCache | None, objective: Objective, train: Train, world: World, *, vocabulary: int,
+        rounding: float = 1e-5,
+    ) -> None:  # fmt: skip
         self.corpus, self.cache, self.objective, self.train, self.world = corpus, cache, objective, train, world
-        self.vocabulary = vocabulary
+        self.vocabulary, self.rounding = vocabulary, rounding
         self.lengths = corpus.lengths("train")
 
     def step(self, rows: npt.NDArray[np.int64]) -> Step:
@@ -100,7 +102,8 @@ class Feed:
             spoken = document.supervised[scores.positions.astype(np.int64)]
             own, rest = scores.select(spoken), scores.select(~spoken)
         known = replace(
-            signals(own) if own is not None else _nothing_known(len(answer)), document=document.digest, vocabulary=self.vocabulary
+            signals(own) if own is not None else _nothing_known(len(answer)), document=document.digest, vocabulary=self.vocabulary,
+            rounding=self.rounding,
         )  # fmt: skip
         if rule.live == "no":
             made = rule.treat(known)

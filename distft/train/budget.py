@@ -2,8 +2,9 @@
 
 The weights on divergences are multiplied by a factor. After each measurement the factor moves, in logarithms, by how far drift is
 expected to lie from the budget some measurements later, and never by more than a step. Expecting matters: a model goes on moving for a
-while after it is held, so a factor that waits until the budget is spent comes too late. It is released more slowly than it grips, and
-only while drift is not on its way to the budget anyway; never below the user's own weights divided by RELEASE.
+while after it is held, so a factor that waits until the budget is spent comes too late. What is measured has noise: the slope is taken
+over several measurements, an error within BAND is answered by nothing, and one below the budget is answered as one above it, but for the
+size of a step. The factor is never below the user's own weights divided by RELEASE.
 
 Pure arithmetic on measured numbers: a run that is taken up again goes on as if it had not stopped.
 """
@@ -11,15 +12,17 @@ Pure arithmetic on measured numbers: a run that is taken up again goes on as if 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-AHEAD = 5
-"""How many measurements ahead drift is expected to go on as it did between the last two."""
-FAR_AHEAD = 10
-"""The same, for being released."""
+AHEAD = 3
+"""How many measurements ahead drift is expected to go on as it did over the last few."""
+SEEN = 3
+"""How many measurements the slope is taken over."""
+BAND = 0.1
+"""Expected errors, in logarithms, that are left alone."""
 GAIN = 0.5
-"""How much of the expected error, in logarithms, is answered at once."""
+"""How much of the expected error is answered at once."""
 GRIP, SLIP = math.log(2.5), math.log(1.25)
 """The most that the factor's logarithm moves up and down at one measurement."""
 RELEASE = 8.0
@@ -36,33 +39,38 @@ class DriftBudget:
     budget: float
     """Nats per token."""
     factor: float = 1.0
-    last: float = 0.0
-    """Drift as last measured; a student that has not moved has none."""
+    seen: list[float] = field(default_factory=lambda: [0.0])
+    """Drift as last measured, the newest last; a student that has not moved has none."""
     over: int = 0
     """Consecutive measurements above the budget with the factor at its upper bound."""
 
     @classmethod
-    def resumed(cls, budget: float, facts: dict[str, Any] | None) -> DriftBudget:
-        """As it was when `facts` were kept; a fresh one without."""
-        return cls(**{**facts, "budget": budget}) if facts else cls(budget)
+    def resumed(cls, budget: float, facts: dict[str, Any]) -> DriftBudget:
+        """As it was when `facts` were kept."""
+        return cls(**{**facts, "budget": budget})
 
     def facts(self) -> dict[str, Any]:
         return asdict(self)
 
+    def result(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {"nats": self.budget, "drift": self.last, "kept": self.kept}
+
     def observe(self, drift: float) -> None:
         """Takes a measurement, and sets the factor for the steps until the next."""
-        error = self._expected(drift, AHEAD)
-        if error < 0:
-            error = min(0.0, self._expected(drift, FAR_AHEAD))
-        wanted = math.log(self.factor) + max(-SLIP, min(GRIP, GAIN * error))
-        self.factor = max(1 / RELEASE, min(MOST, math.exp(wanted)))
+        self.seen = [*self.seen, drift][-SEEN:]
+        slope = (drift - self.seen[0]) / (len(self.seen) - 1)
+        expected = max(drift + AHEAD * slope, drift / 2, 1e-3 * self.budget)
+        error = math.log(expected / self.budget)
+        if abs(error) > BAND:
+            wanted = math.log(self.factor) + max(-SLIP, min(GRIP, GAIN * error))
+            self.factor = max(1 / RELEASE, min(MOST, math.exp(wanted)))
         self.over = self.over + 1 if drift > OVER * self.budget and self.factor >= MOST else 0
-        self.last = drift
 
-    def _expected(self, drift: float, measurements: int) -> float:
-        """By how much drift will be above the budget then, in logarithms."""
-        expected = drift + measurements * (drift - self.last)
-        return math.log(max(expected, drift / 2, 1e-3 * self.budget) / self.budget)
+    @property
+    def last(self) -> float:
+        """Drift as last measured."""
+        return self.seen[-1]
 
     @property
     def kept(self) -> bool:

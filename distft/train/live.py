@@ -19,7 +19,6 @@ from distft.objectives.treatment import Floats, LiveField, ObjectiveRule, Signal
 from distft.train.targets import Treated
 
 
-
 @dataclass(frozen=True, slots=True)
 class LiveTreatment:
     """The rule, and what it is told of the documents of a micro-batch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from distft.config.check import too_rarely_measured
 from distft.config.load import dump
 from distft.config.schema import Run
 from distft.corpus.reader import Corpus
@@ -20,8 +21,8 @@ from distft.teacher.cache import TeacherCache
 from distft.train import identity
 from distft.train.batches import Feed
 from distft.train.budget import DriftBudget
-from distft.train.checkpoint import Checkpoints
-from distft.train.drift import Drift, check_own_teacher, measure_drift
+from distft.train.checkpoint import Checkpoints, Restored
+from distft.train.drift import ROUNDING, Drift, check_own_teacher, measure_drift
 from distft.train.loop import train
 from distft.train.metrics import MetricsLog
 from distft.train.order import StepPlan
@@ -51,10 +52,11 @@ def train_run(
     except CorruptArtifactError:
         newest = None  # `restore` names it, and goes on from the one before
     check_warmup(run.train, plan.total_steps)
+    _check_measurements(run, plan.total_steps)
     if world.leads:
         folder.replace("config.yaml", dump(run).encode())  # only now: a config that was refused must not stand beside the run
     if newest is not None and newest[1].identity["step"] >= plan.total_steps:
-        return _result(folder, plan.total_steps, plan.total_steps, newest[1].facts)
+        return _result(run, folder, plan.total_steps, plan.total_steps, newest[1].facts)
 
     language_model = load_model(
         model, dtype=run.model.dtype, attention=run.model.attention, head_rows=token_rows(model), device=this_device()
@@ -74,11 +76,12 @@ def train_run(
         documents = corpus.documents("heldout")
         return measure_drift(engine.measure, documents, cache, world, tokens_per_batch=run.train.micro_batch_tokens)
 
-    allowed = run.objective.drift_budget
-    budget = None if allowed is None else DriftBudget.resumed(allowed, restored.facts.get("budget") if restored else None)
+    budget = _budget(run, restored)
     finished = train(
         run.train, engine=engine, plan=plan, world=world, checkpoints=checkpoints, first_step=done + 1,
-        feed=Feed(corpus, cache, run.objective, run.train, world, vocabulary=language_model.shape.rows),
+        feed=Feed(
+            corpus, cache, run.objective, run.train, world, vocabulary=language_model.shape.rows, rounding=ROUNDING[_coarser(run)]
+        ),
         log=MetricsLog(folder, after_step=done) if world.leads else None,
         drift=heldout_drift if "heldout" in corpus.splits else None, budget=budget, label=f"train {run.name}",
     )  # fmt: skip
@@ -86,7 +89,9 @@ def train_run(
         say(f"The run ends with a drift of {budget.last:.3g} nats per token, above objective.drift_budget={budget.budget:g}. Lower "
             "train.lr, or measure more often (train.drift_every_steps).")  # fmt: skip
     facts = {"loss": finished.loss, "drift": finished.drift.facts() if finished.drift else None}
-    return _result(folder, finished.steps, done or None, facts)
+    if budget is not None:
+        facts["budget"] = budget.facts()
+    return _result(run, folder, finished.steps, done or None, facts)
 
 
 def _agree_on_start(step: int, world: World, *, where: str) -> None:
@@ -104,9 +109,32 @@ def _coarser(run: Run) -> str:
     return "bfloat16" if "bfloat16" in (run.model.dtype, run.teacher_model.dtype) else "float32"
 
 
-def _result(folder: Location, steps: int, resumed_from: int | None, facts: dict[str, Any]) -> dict[str, Any]:
-    drift = facts.get("drift")
+def _budget(run: Run, restored: Restored | None) -> DriftBudget | None:
+    """The controller as it was: a checkpoint without one would start again at the user's own weights, and nobody would know."""
+    allowed = run.objective.drift_budget
+    if allowed is None:
+        return None
+    if restored is None:
+        return DriftBudget(allowed)
+    try:
+        return DriftBudget.resumed(allowed, restored.facts["budget"])
+    except (KeyError, TypeError) as error:
+        raise CorruptArtifactError(
+            f"The checkpoint of step {restored.step} does not say where the drift budget's control was.", where=f"runs/{run.name}",
+            help="It was written by another version. Train under another name.",
+        ) from error  # fmt: skip
+
+
+def _check_measurements(run: Run, steps: int) -> None:
+    problem = too_rarely_measured(run, steps)
+    if problem is not None:
+        raise ConfigError(problem, where="train.drift_every_steps", help="Nothing was trained. Measure more often.")
+
+
+def _result(run: Run, folder: Location, steps: int, resumed_from: int | None, facts: dict[str, Any]) -> dict[str, Any]:
+    drift, allowed = facts.get("drift"), run.objective.drift_budget
     return {
         "run": folder.url, "steps": steps, "resumed_from": resumed_from, "loss": facts["loss"],
         "drift": None if drift is None else drift["kl"],
+        **({} if allowed is None else {"budget": DriftBudget.resumed(allowed, facts["budget"]).result()}),
     }  # fmt: skip

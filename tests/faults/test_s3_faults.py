@@ -17,6 +17,7 @@ from distft.store.manifest import FileEntry, Manifest, commit, fetch, read_manif
 from tests.helpers.proxy import Fault, Proxy, Trouble, proxied
 from tests.helpers.s3 import BUCKET, s3_environment, set_s3_environment
 
+REAL_PAUSES = s3.PAUSES
 PASSING: list[Fault] = ["503", "409", "drop_request", "lose_reply"]
 
 
@@ -120,6 +121,67 @@ def test_tries_are_bounded(proxy: Proxy, store: Location) -> None:
     with pytest.raises(StoreError, match="keeps failing"):
         store.create("name", b"mine")
     assert proxy.trouble.seen == len(s3.PAUSES) + 1
+
+
+class Clock:
+    """Time that passes where somebody sleeps, and nowhere else."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def test_a_slow_bucket_is_waited_for_three_minutes_with_one_line(
+    proxy: Proxy, store: Location, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(s3, "time", clock)
+    monkeypatch.setattr(s3, "PAUSES", REAL_PAUSES)
+    monkeypatch.setattr(s3, "_waiting_told", float("-inf"))
+    proxy.trouble = Trouble("PUT", "503", len(REAL_PAUSES))
+    assert store.create("name", b"mine")
+    assert 100 < sum(clock.slept) < 260
+    assert max(clock.slept) <= 30
+    assert capsys.readouterr().err.count("Waiting for the store: 127.0.0.1") == 1
+    proxy.trouble = Trouble("PUT", "503", 4)
+    store.replace("name", b"mine")
+    assert not capsys.readouterr().err, "a short wait is nobody's concern"
+
+
+def test_a_server_that_is_busy_from_the_first_request_on_is_waited_for(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for the last of many processes that start at once; three tries are for those that nobody answers."""
+    monkeypatch.setattr(s3, "_answered", set())
+    proxy.trouble = Trouble("HEAD", "503", 5)
+    assert not open_location(f"s3://{BUCKET}/{os.urandom(8).hex()}").exists("x")
+    assert proxy.trouble.seen == 5
+
+
+def test_wrong_bytes_are_counted_apart_from_other_trouble(proxy: Proxy, store: Location) -> None:
+    faults: list[Fault] = ["503", "409", "flip_request", "503", "flip_request"]
+    waiting = iter(faults)
+    proxy.weather = lambda method, _: next(waiting, None) if method == "PUT" else None
+    store.replace("name", b"mine")
+    assert next(waiting, None) is None
+    assert store.read("name") == b"mine"
+
+
+@pytest.mark.parametrize("fault", ["503", "lose_reply", "404"])
+def test_a_sweep_goes_on_through_trouble_and_past_an_upload_that_is_gone(proxy: Proxy, store: Location, fault: Fault) -> None:
+    assert isinstance(store, s3.S3Location)
+    for name in ("one", "two"):
+        store._call("create_multipart_upload", Key=store._key(name))
+    proxy.trouble = Trouble("DELETE", fault, 1, "one")
+    swept = store.sweep(older_than_seconds=0)
+    assert proxy.trouble.seen == 1
+    assert swept == (["one", "two"] if fault == "503" else ["two"]), "what is gone was another's, as far as anyone can tell"
+    assert store.sweep(older_than_seconds=0) == (["one"] if fault == "404" else [])
 
 
 @pytest.mark.parametrize(("fault", "says"), [("403", "access denied"), ("507", "no space left")])

@@ -21,7 +21,7 @@ class Asft(ObjectiveRule):
     """Weight of KL(q||p) on each token; the paper's lambda."""
 
     @property
-    def needs_distribution(self) -> bool:
+    def holds(self) -> bool:
         return True
 
     @property

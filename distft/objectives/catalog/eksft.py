@@ -13,7 +13,7 @@ This is the paper's formula, not its published code, which shifts the mask by on
 over a micro-batch, and nudges both lambdas by 5 % a step.
 
 While the student still is its teacher, KL(p||q) is rounding noise, and the k highest would be masked for no reason, others in each
-layout. So a token has moved only from ROUNDING on: at first M_KL is empty, and M is M_H or, as an intersection, empty too.
+layout. So a token has moved only beyond `Signals.rounding`: at first M_KL is empty, and M is M_H or, as an intersection, empty too.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ from pydantic import Field
 
 from distft.objectives.treatment import Floats, LiveField, Mask, ObjectiveRule, Signals, Treatment, highest, share_of, treatment
 
-ROUNDING = 1e-5
-"""Nats that two float32 passes over the same weights may be apart."""
-
 
 class Eksft(ObjectiveRule):
     kind: Literal["eksft"]
@@ -40,6 +37,10 @@ class Eksft(ObjectiveRule):
     """Weight of the entropy bonus, as a share of log V, on the tokens of the highest entropy."""
     combine: Literal["union", "intersection"] = "union"
     """Which tokens are not learned: those that either criterion chooses, or both."""
+
+    @property
+    def holds(self) -> bool:
+        return self.lambda_kl > 0
 
     @property
     def needs_distribution(self) -> bool:
@@ -60,7 +61,7 @@ class Eksft(ObjectiveRule):
     def treat(self, signals: Signals) -> Treatment:
         n, live = len(signals), signals.student
         chosen = share_of(self.rho, n)
-        unsure, moved = highest(live.entropy, chosen), highest(live.rkl, chosen) & (live.rkl > ROUNDING)
+        unsure, moved = highest(live.entropy, chosen), highest(live.rkl, chosen) & (live.rkl > signals.rounding)
         masked = unsure | moved if self.combine == "union" else unsure & moved
         return treatment(
             n, ce=_spread(n, ~masked), rkl=self.lambda_kl * _spread(n, moved), entropy=self._bonus(signals) * _spread(n, unsure)

@@ -25,7 +25,7 @@ class Kd(ObjectiveRule):
     """Of both distributions; other than 1 only with hidden states."""
 
     @property
-    def needs_distribution(self) -> bool:
+    def holds(self) -> bool:
         return True
 
     @property

@@ -16,7 +16,7 @@ c_t = (p_star - q(y)) / (1 - q(y)).
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -35,10 +35,18 @@ class Lwf(ObjectiveRule):
     """Weight of an anchor."""
     beta: Annotated[float, Field(ge=0)] = 1.0
     """Weight of KL(q||p) on a token that is no anchor; 0 lets them drift."""
-    c: Annotated[float, Field(gt=0, le=1)] | Literal["floor"] = 0.999
-    """How far an anchor's target lies from the teacher (0) towards the label alone (1); floor: as far as gives the label p_star."""
+    c: Annotated[float, Field(gt=0, le=1)] | Literal["floor"] = "floor"
+    """How far an anchor's target lies from the teacher (0) towards the label alone (1); floor: as far as gives the label p_star. Left
+    out or null it is floor for anchors: floor, and 0.999 for anchors: given."""
     normalise: Literal["token_mean", "group_mean"] = "token_mean"
     """One mean over all supervised tokens, or one over anchors and another over the rest."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _confidence_by_anchors(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("c") is None:
+            return {**given, "c": 0.999 if given.get("anchors") == "given" else "floor"}
+        return given
 
     @model_validator(mode="after")
     def _floor_for_floor(self) -> Lwf:
@@ -51,8 +59,8 @@ class Lwf(ObjectiveRule):
         return self.anchors == "floor"
 
     @property
-    def needs_distribution(self) -> bool:
-        return self.beta > 0 or self.c != 1 or self.prompt_kl > 0
+    def holds(self) -> bool:
+        return self.beta > 0 or self.c != 1
 
     @property
     def needs_anchors(self) -> bool:

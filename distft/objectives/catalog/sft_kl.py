@@ -17,7 +17,7 @@ class SftKl(ObjectiveRule):
     """teacher_to_student is the forward KL(q||p), which covers all that the teacher would say; student_to_teacher is KL(p||q)."""
 
     @property
-    def needs_distribution(self) -> bool:
+    def holds(self) -> bool:
         return True
 
     @property

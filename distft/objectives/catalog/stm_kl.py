@@ -20,7 +20,7 @@ class StmKl(Stm):
     """Weight of KL(q||p) on each masked token."""
 
     @property
-    def needs_distribution(self) -> bool:
+    def holds(self) -> bool:
         return True
 
     def treat(self, signals: Signals) -> Treatment:

@@ -1,11 +1,14 @@
-"""Token-adaptive loss reweighting (arXiv 2509.20758): learn less where the student finds the label unlikely, compared with the rest.
+"""Token-adaptive loss reweighting within each sequence, after TALR (arXiv 2509.20758): learn less where the student finds the label
+unlikely, compared with the rest of the same document.
 
     loss = mean over supervised tokens of w_t * CE_t        w_t = max(p(y_t)^(1/tau), w_min), a constant to the gradient
 
-The paper's temperature tau is the median over the batch of each sequence's mean NLL. Here it is the sequence's own mean NLL: a median
-over a batch depends on what else is in the micro-batch and on the rank, and the same step would differ from layout to layout (law 7).
-So a hard sequence is not weighted down against an easy one, only hard tokens within each; a sequence of one token always gets 1/e or
-w_min. tau is kept above a millionth of a nat, where every weight is 1 to any precision.
+This is a variant. The paper's temperature tau is the median over the batch of each sequence's mean NLL; here it is the sequence's own
+mean NLL, since a median over a batch depends on what else is in the micro-batch and on the rank, and the same step would differ from
+layout to layout (law 7). So what the paper does to a hard sequence as a whole, to weigh it down against easy ones, is not reproduced: only
+hard tokens within each are. Nor are its weights normalised to a distribution over tokens: they are p(y_t)^(1/tau) as its code has them,
+and a step of unlikely tokens is a smaller step. A sequence of one token always gets 1/e or w_min. tau is kept above a millionth of a nat,
+where every weight is 1 to any precision.
 """
 
 from __future__ import annotations

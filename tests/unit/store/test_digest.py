@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +137,45 @@ def test_the_memo_keeps_what_others_wrote_and_stays_bounded(tmp_path: Path, monk
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingArtifactError, match="gone"):
         files_sha256([tmp_path / "gone"])
+
+
+def test_the_memo_is_parsed_once_and_again_when_another_process_wrote_it(
+    tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        (tmp_path / name).write_bytes(name.encode())
+    files_sha256([tmp_path / "a"])
+    forget(monkeypatch)
+    parsed: list[int] = []
+    real = json.loads
+    monkeypatch.setattr(digest.json, "loads", lambda data: (parsed.append(len(data)), real(data))[1])
+    for _ in range(20):
+        files_sha256([tmp_path / "a"])
+    assert (len(parsed), hashed) == (1, ["a"])
+    script = f"""
+from pathlib import Path
+from distft.store import digest
+digest.YOUNG_SECONDS = 0.0
+digest.files_sha256([Path({str(tmp_path / "b")!r})])
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[3])
+    for _ in range(20):
+        files_sha256([tmp_path / "a", tmp_path / "b"])
+    assert (len(parsed), hashed) == (2, ["a"]), "what the other learnt is taken up"
+
+
+def test_processes_that_learn_at_once_lose_nothing_of_each_other(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from distft.store import digest
+digest.YOUNG_SECONDS = 0.0
+for path in sys.argv[1:]:
+    digest.files_sha256([Path(path)])
+"""
+    names = [[str(tmp_path / f"{who}-{n}") for n in range(40)] for who in range(4)]
+    for path in (path for mine in names for path in mine):
+        Path(path).write_text(path)
+    started = [subprocess.Popen([sys.executable, "-c", script, *mine], cwd=Path(__file__).parents[3]) for mine in names]
+    assert [one.wait() for one in started] == [0] * 4
+    assert len(json.loads(digest.memo_path().read_bytes())["digests"]) == 160
