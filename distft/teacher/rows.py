@@ -46,12 +46,13 @@ def rows(folder: Location, entry: FileEntry, staging: Path) -> Iterator[Row]:
 def find_row(folder: Location, text: str, staging: Path) -> Row:
     """The document whose digest is `text` or alone begins with it."""
     fitting: dict[str, Manifest] = {}
-    for part in read_parts(folder):
+    parts = read_parts(folder)
+    for part in parts:
         for digest in part.facts["digests"]:
             if digest.startswith(text):
                 fitting.setdefault(digest, part)
     if not fitting:
-        told = [(d, reason) for d, reason in quarantined_documents(read_parts(folder)).items() if d.startswith(text)]
+        told = [(d, reason) for d, reason in quarantined_documents(parts).items() if d.startswith(text)]
         if told:
             raise MissingArtifactError(f"Document {told[0][0]} is quarantined: {told[0][1]}.", where=folder.url,
                                        help="Leave it out by data.exclude, or set score.retry_quarantined=true.")  # fmt: skip
@@ -71,35 +72,56 @@ def find_row(folder: Location, text: str, staging: Path) -> Row:
 
 
 class Documents:
-    """The documents of all corpora of a store, by digest: a cache holds what a teacher thought of tokens, not the tokens."""
+    """The documents of all corpora of a store, by digest: a cache holds what a teacher thought of tokens, not the tokens. A corpus is
+    fetched and opened when those before it do not have what is asked for."""
 
     def __init__(self, store: Location | None, staging: Path) -> None:
-        """A corpus that cannot be read is left out with a word: another stage's damage is not the cache's."""
+        self._staging = staging
         self._places: dict[str, tuple[Corpus, str, int]] = {}
-        self.corpora: list[set[str]] = []
-        """The digests of each corpus."""
-        folders = store.child("corpus") if store is not None else None
-        for name in folders.folders() if folders is not None else ():
-            assert folders is not None, "it was listed"
-            try:
-                if not folders.child(name).exists("MANIFEST.json"):
-                    continue
-                corpus = Corpus.open(folders.child(name), staging)
-                found = {split: corpus.digests(split) for split in corpus.splits}
-            except ArtifactError as error:
-                say(f"This corpus is not compared with: {error}")
-                continue
-            for split, digests in found.items():
-                for index, digest in enumerate(digests):
-                    self._places.setdefault(digest, (corpus, split, index))
-            self.corpora.append({digest for digests in found.values() for digest in digests})
+        self._corpora: list[set[str]] = []
+        folder = store.child("corpus") if store is not None else None
+        self._unopened = [folder.child(name) for name in folder.folders()] if folder is not None else []
+
+    @property
+    def corpora(self) -> list[set[str]]:
+        """The digests of each corpus; opens all."""
+        while self._unopened:
+            self._open_next()
+        return self._corpora
 
     def __contains__(self, digest: str) -> bool:
+        while digest not in self._places and self._unopened:
+            self._open_next()
         return digest in self._places
 
     def get(self, digest: str) -> Document | None:
-        place = self._places.get(digest)
-        return None if place is None else place[0].document(*place[1:])
+        if digest not in self:
+            return None
+        corpus, split, index = self._places[digest]
+        return corpus.document(split, index)
+
+    def _open_next(self) -> None:
+        """A corpus that cannot be read is left out with a word: another stage's damage is not the cache's."""
+        try:
+            found = self._opened(self._unopened[0])
+        except ArtifactError as error:
+            say(f"This corpus is not compared with: {error}")
+            found = None
+        del self._unopened[0]
+        if found is None:
+            return
+        corpus, splits = found
+        for split, digests in splits.items():
+            for index, digest in enumerate(digests):
+                self._places.setdefault(digest, (corpus, split, index))
+        self._corpora.append({digest for digests in splits.values() for digest in digests})
+
+    def _opened(self, folder: Location) -> tuple[Corpus, dict[str, list[str]]] | None:
+        """None for one that was never finished."""
+        if not folder.exists("MANIFEST.json"):
+            return None
+        corpus = Corpus.open(folder, self._staging)
+        return corpus, {split: corpus.digests(split) for split in corpus.splits}
 
 
 def document_facts(row: Row, document: Document | None, dtype: str) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import signal
+import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from distft.cluster.pool import map_units
 from distft.config.schema import Run
 from distft.errors import ConfigError, DistftError, StaleArtifactError
 from distft.pipeline import Pipeline
+from distft.store import digest
 from distft.store.model_folder import resolve_model
 from distft.teacher import build
 from distft.teacher.build import build_teacher, in_process, units_of
@@ -141,7 +144,7 @@ def test_a_unit_whose_part_is_there_is_not_scored_again(tmp_path: Path, monkeypa
     monkeypatch.setattr("distft.teacher.scorer.score_documents", lambda *_: pytest.fail("it was scored again"))
     told: list[float] = []
     (result,) = in_process(plan_of(made), [unit], lambda amount, note: told.append(amount))
-    assert result == UnitScored(documents=0, scored_tokens=0)
+    assert result == UnitScored(documents=0, scored_tokens=0, found_tokens=unit.tokens)
     assert told == [0.0, unit.tokens]  # ready, then at once all of it
 
 
@@ -218,6 +221,28 @@ def test_other_weights_under_the_same_path_are_refused(tmp_path: Path) -> None:
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(StaleArtifactError, match="on this machine are not those"):
         elsewhere(plan)()
+
+
+def test_scorers_of_a_fresh_machine_hash_its_weights_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, plain, hashed = lab(tmp_path, documents=DOCUMENTS[:4]), digest.file_sha256, list[Path]()
+    plan = plan_of(made)
+    monkeypatch.setenv("DISTFT_CACHE_DIR", str(tmp_path / "fresh"))
+    monkeypatch.setattr(digest, "YOUNG_SECONDS", 0.0)
+    monkeypatch.setattr(digest, "_known", {})
+
+    def slowly(path: Path) -> str:
+        hashed.append(path)
+        time.sleep(0.2)
+        return plain(path)
+
+    monkeypatch.setattr(digest, "file_sha256", slowly)
+    scorers = [threading.Thread(target=plan._model_here) for _ in range(4)]
+    for one in scorers:
+        one.start()
+    for one in scorers:
+        one.join()
+    assert [path.name for path in hashed].count("model.safetensors") == 1
+    assert len(hashed) == len(set(hashed))
 
 
 def test_a_unit_of_another_corpus_is_refused(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_two_that_score_at_once(shared: Bench, expected: Contents, tmp_path: Pat
     told = [process.wait() for process in both]
     assert [done.status for done in told] == [0, 0], [done.err for done in told]
     assert told[0].json["teacher"] == told[1].json["teacher"]
+    assert sum(done.json["documents_scored"] for done in told) == 30, "what one was late with it does not count"
     assert contents(cache_of(shared), tmp_path / "staging") == expected
     assert nothing_left_over(cache_of(shared))
     assert shared.run("score").json["documents_scored"] == 0

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from distft.config.check import check_run
-from distft.errors import ConfigError
+from distft.engine.local import LocalEngine
+from distft.errors import ConfigError, CorruptArtifactError
 from distft.stopping import Interrupted
+from distft.train.budget import OVER
+from distft.train.identity import run_identity
 from tests.helpers.stores import Lab, bits, differing, lab, random_documents
 
 STEPS, EVERY = 75, 3
@@ -78,10 +81,69 @@ def test_a_run_goes_on_with_the_factor_it_had(tmp_path: Path, monkeypatch: pytes
     assert [line["kl_factor"] for line in one] == [line["kl_factor"] for line in other]
 
 
+def test_a_run_that_died_goes_on_from_its_last_periodic_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = budgeted(tmp_path / "straight", max_steps=30)
+    straight.train()
+    died = budgeted(tmp_path / "died", max_steps=30, checkpoint={"every_steps": 8})
+    with monkeypatch.context() as patch:
+        step, left = LocalEngine.train_step, iter(range(20))
+
+        def dying(self: Any, *args: Any, **named: Any) -> Any:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return step(self, *args, **named)
+
+        patch.setattr(LocalEngine, "train_step", dying)
+        with pytest.raises((KeyboardInterrupt, Interrupted)):
+            died.train()
+    assert died.checkpoints().steps()[-1] == 16
+    result = died.train()
+    assert differing(bits(straight.restored()), bits(died.restored())) == []
+    one, other = ([line for line in metrics(made) if "drift" in line] for made in (straight, died))
+    assert [line["kl_factor"] for line in one] == [line["kl_factor"] for line in other]
+    kept = one[-1]["drift"] <= OVER * BUDGET
+    assert result["budget"] == {"nats": BUDGET, "drift": one[-1]["drift"], "kept": kept}
+    assert died.train()["budget"] == result["budget"]  # there is nothing left to do
+
+
+def test_a_checkpoint_without_the_control_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = budgeted(tmp_path, max_steps=30)
+    with monkeypatch.context() as patch:
+        asked = iter([False] * 16)
+        patch.setattr("distft.stopping.requested", lambda: next(asked, True))
+        patch.setattr("distft.train.loop._kept", lambda _: {})
+        with pytest.raises(Interrupted):
+            made.train()
+    with pytest.raises(CorruptArtifactError, match="does not say where the drift budget's control was"):
+        made.train()
+
+
+def test_under_a_budget_what_is_measured_is_part_of_the_run(tmp_path: Path) -> None:
+    """It decides what is learned; without a budget it does not."""
+    made = budgeted(tmp_path)
+    for budget, same in ((BUDGET, False), (None, True)):
+        one, rarer = (
+            made.changed(objective={"kind": "sft_kl", "drift_budget": budget}, train={"drift_every_steps": n}) for n in (3, 5)
+        )
+        assert (one.run_identity() == rarer.run_identity()) == same
+        heldout = {**one.corpus.manifest.identity, "heldout": "other documents"}
+        other = run_identity(one.run, one.model, corpus=heldout, teacher=one.run_identity()["teacher"])
+        assert (one.run_identity() == other) == same
+
+
+def test_a_run_that_would_measure_too_rarely_ends_before_it_begins(tmp_path: Path) -> None:
+    """How many steps there are is known only now."""
+    made = budgeted(tmp_path, max_steps=None, epochs=1, warmup_steps=2, drift_every_steps=1000)
+    check_run(made.run, where="run.yaml")
+    with pytest.raises(ConfigError, match=r"it is measured once in \d+ steps: make it at most"):
+        made.train()
+    assert made.checkpoints().steps() == []
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"objective": {"kind": "sft", "drift_budget": 0.1}}, "sft has none: take sft_kl"),
+        ({"objective": {"kind": "sft", "drift_budget": 0.1}}, "sft has none with these settings: take sft_kl"),
         ({"train": {"drift_every_steps": None}}, "give data.heldout and train.drift_every_steps"),
     ],
 )

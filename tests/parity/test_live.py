@@ -14,9 +14,11 @@ from distft.engine import head
 from distft.engine.head import TrainedModel
 from distft.engine.world import World
 from distft.objectives.catalog import Dft, Eksft, Talr
+from distft.objectives.distributions import SparseRows
 from distft.objectives.treatment import Signals, Treatment, treatment
 from distft.train.batches import Step
 from distft.train.live import LiveTreatment
+from distft.train.record import read_metrics
 from distft.train.targets import Treated, micro_batch
 from tests.helpers.objectives import ALL_POSITIONS, CATALOG, TAU, stranger, uneven
 from tests.helpers.steps import Taken, distance, feed, take
@@ -81,6 +83,45 @@ def test_the_same_step_twice_is_the_same_bit_for_bit(tmp_path: Path, objective: 
     one, two = (step_of(made, CATALOG[objective]) for _ in range(2))
     assert one.values == two.values
     assert all(torch.equal(gradient, two.gradients[name]) for name, gradient in one.gradients.items())
+
+
+@pytest.mark.parametrize("objective", LIVE)
+def test_small_chunks_make_the_same_step(tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the order of sums."""
+    made = scored(tmp_path)
+    whole = step_of(made, CATALOG[objective])
+    monkeypatch.setattr("distft.objectives.loss.loss_chunk", lambda *_: 2)
+    cut = step_of(made, CATALOG[objective])
+    assert distance(whole.gradients, cut.gradients) <= 1e-5
+    assert cut.values.counts == whole.values.counts
+    assert cut.line == pytest.approx(whole.line, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize(("objective", "asked"), [
+    ({"kind": "eaft", "prompt_kl": 0.2}, False), ({"kind": "asft", "prompt_kl": 0.2}, True),
+    ({"kind": "eksft", "lambda_kl": 0.0, "prompt_kl": 0.2}, True),
+])  # fmt: skip
+def test_answers_that_no_rule_holds_or_reads_cost_no_teacher(tmp_path: Path, objective: dict[str, Any], asked: bool) -> None:
+    made = scored(tmp_path).changed(objective=objective)
+    for batch in feed(made).step(np.arange(8)).micro_batches:
+        live, teacher = batch.selection or batch.targets.live, batch.targets.teacher
+        assert isinstance(live, LiveTreatment)
+        assert isinstance(teacher, SparseRows)
+        answers = torch.from_numpy(live.answers)
+        assert (teacher.counts_N[~answers] > 0).all()
+        assert ((teacher.counts_N[answers] > 0) == asked).all()
+
+
+def test_a_run_tells_the_rule_its_vocabulary(tmp_path: Path) -> None:
+    """The entropy bonus is a share of log V: the first step of a run is the step that is taken here."""
+    made = scored(tmp_path, max_steps=1, warmup_steps=0, tokens_per_step=100_000).changed(
+        objective={"kind": "eksft", "rho": 0.4, "lambda_entropy": 0.5}
+    )
+    made.train()
+    [line] = read_metrics(made.run_folder)
+    taken = take(made, feed(made).step(np.arange(8)), World())
+    assert line["mass_entropy"] == pytest.approx(taken.line["mass_entropy"], rel=1e-5)
+    assert line["mass_entropy"] < -0.01
 
 
 class Seen:

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis.errors import HypothesisException
 
 from distft.errors import DistftError
+from distft.objectives.catalog import Eksft
 from tests.helpers.mutants import Mutant
 from tests.parity import (
     test_alignment,
+    test_budget,
     test_export,
     test_live,
     test_normaliser,
@@ -28,7 +31,7 @@ from tests.parity import (
     test_papers,
     test_resume,
 )
-from tests.unit.objectives import test_against_papers, test_catalog, test_loss
+from tests.unit.objectives import test_against_papers, test_catalog, test_dense_teacher, test_loss
 from tests.unit.teacher import test_cache, test_encode, test_forward, test_planes
 from tests.unit.train import test_bad_numbers, test_batches
 
@@ -65,11 +68,16 @@ STALE_POLICY = guard(test_cache.test_another_policy_or_precision_is_another_cach
 HAND = test_catalog.test_each_rule_does_what_was_worked_out_by_hand
 PAPER = test_against_papers.test_loss_and_gradient_are_those_of_the_paper
 STEP = test_papers.test_a_step_is_that_of_the_paper
+STEP_IN_CHUNKS = test_papers.test_a_step_in_many_chunks_is_that_of_the_paper
+CHUNKS = guard(
+    test_loss.test_nothing_larger_than_a_chunk_of_logits_is_made, teacher="sparse", weights="kl", softcap=None, kind=torch.float32
+)
 ALL, EXACT = "all of the vocabulary", "hidden states"
 FACTOR = test_live.test_a_factor_on_divergences_is_one_on_their_weights
 CONTROLS = guard(test_catalog.test_controls_mask_as_many_tokens_as_the_paper_does, how={"tau": 1.5})
 
 RULE = "distft.objectives.catalog."
+WHOLE = "distft.objectives.whole:WholeChunk."
 LOSS, CHUNK, DISTRIBUTIONS = "distft.objectives.loss:", "distft.objectives.chunk:Chunk.", "distft.objectives.distributions:"
 BATCHES, TARGETS, ENGINE = "distft.train.batches:", "distft.train.targets:", "distft.engine.local:LocalEngine."
 LIVE_RULE = "distft.train.live:LiveTreatment."
@@ -104,14 +112,36 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
                "self.rkl_C, self.kl_C = forward_C.clamp_min(0.0), self.exact_rkl_C.clamp_min(0.0)"),
         [FORMULAS, guard(test_loss.test_the_directions_are_not_each_other)]),
     "the gradient has the wrong sign of the entropy": (
-        Mutant(f"{LOSS}_TokenLoss.forward", "grad_CV += entropy_grad_CV", "grad_CV -= entropy_grad_CV"), [FORMULAS]),
+        Mutant("distft.objectives.chunk:entropy_slope", ".mul_(bonus_B[:, None])", ".mul_(-bonus_B[:, None])"), [FORMULAS]),
     "padded head rows get mass": (
         Mutant("distft.corpus.render:token_rows", "+ 1", "+ 6"), [guard(test_forward.test_padded_head_rows_have_no_mass)]),
     "soft-capping is forgotten on the way back": (
-        Mutant(f"{DISTRIBUTIONS}LogitShape.back", "grad_CV *= 1 - (logits_CV / self.softcap).square()", "pass"), [FORMULAS]),
+        Mutant(f"{DISTRIBUTIONS}LogitShape.back", "grad_CV *= logits_CV.div_(self.softcap).square_().neg_().add_(1)", "pass"), [FORMULAS]),
     "a whole [tokens, vocabulary] is made": (
-        Mutant(f"{LOSS}_TokenLoss.forward", "range(0, len(hidden_ND), size)", "range(0, len(hidden_ND), size := len(hidden_ND))"),
-        [guard(test_loss.test_nothing_larger_than_a_chunk_of_logits_is_made, weights="kl", softcap=None)]),
+        Mutant(f"{LOSS}_chunks", "range(0, tokens, size)", "range(0, tokens, tokens)"), [CHUNKS]),
+    "a chunk's buffers live on beside the next one's": (
+        Mutant(f"{LOSS}_TokenLoss.forward", "del logits_CV, seen_CV, chunk", "pass"), [CHUNKS]),
+    "the head's gradient is made whole beside its sum": (
+        Mutant(f"{LOSS}_add_product", "WEIGHT_ROWS):", "len(total_VD)):\n        WEIGHT_ROWS = len(total_VD)"),
+        [guard(test_loss.test_the_heads_gradient_is_made_without_a_second_one, kind=torch.bfloat16)]),
+    "a kept token's log-probability is that of what float32 leaves of it": (
+        Mutant(f"{CHUNK}_take_out_kept", "(logit_M - self.total_C.log()[self.row_M]).clamp_min(LOWEST)",
+               "self.kept_M.clamp_min(TINY).log()"),
+        [guard(test_loss.test_a_kept_token_that_the_student_never_says_counts_in_full, low=-1000.0)]),
+    "every chunk has the first one's labels": (
+        Mutant(f"{LOSS}_compare", "targets.labels_N[rows]", "targets.labels_N[: rows.stop - rows.start]"),
+        [guard(STEP_IN_CHUNKS, teacher=ALL, case="talr"), guard(test_own_teacher.test_drift_in_many_chunks_is_the_same,
+               distribution={"kind": "topk"})]),
+    "every chunk has the first one's teacher": (
+        Mutant(f"{LOSS}_compare", "targets.teacher.chunk(rows.start, rows.stop)", "targets.teacher.chunk(0, rows.stop - rows.start)"),
+        [guard(STEP_IN_CHUNKS, teacher=ALL, case="eksft, prompt held"), guard(STEP_IN_CHUNKS, teacher=EXACT, case="sft_kl"),
+         guard(test_own_teacher.test_drift_in_many_chunks_is_the_same, distribution={"kind": "hidden"})]),
+    "tokens that are not held pay the teacher's head": (
+        Mutant(f"{DISTRIBUTIONS}DenseRows.select", "chosen_N[row_K] = held_K", "chosen_N[row_K] = held_K = held_K | True"),
+        [guard(test_dense_teacher.test_a_selection_of_a_selection_holds_what_both_hold)]),
+    "a temperature's square is missing": (
+        Mutant(f"{RULE}kd:Kd.treat", " * self.temperature**2", ""),
+        [guard(test_dense_teacher.test_the_square_of_a_temperature_is_in_the_weights)]),
     # --- objectives
     "stm masks on the wrong side": (
         Mutant("distft.objectives.catalog.stm:Stm.kept", ">= -math.log", "<= -math.log"),
@@ -212,6 +242,29 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
     "every document has the first one's live signals": (
         Mutant(f"{LIVE_RULE}settle", "values[start:stop] for", "np.resize(values, stop - start) for"),
         [guard(STEP, teacher=ALL, case="eksft"), guard(STEP, teacher=EXACT, case="talr")]),
+    "a token's live rule is asked about the beginning of the batch": (
+        Mutant(f"{LIVE_RULE}decide", "self.answers[rows]", "self.answers[: rows.stop - rows.start]"),
+        [guard(STEP_IN_CHUNKS, teacher=ALL, case="asft, prompt held"), guard(STEP_IN_CHUNKS, teacher=EXACT, case="eaft, prompt held")]),
+    "a chunk's prompt is held as the batch's first tokens are": (
+        Mutant(f"{LIVE_RULE}decide", "self.fixed[rows]", "self.fixed[: rows.stop - rows.start]"),
+        [guard(STEP_IN_CHUNKS, teacher=ALL, case="asft, prompt held"), guard(STEP_IN_CHUNKS, teacher=EXACT, case="eaft, prompt held")]),
+    "the rule is told of twice the vocabulary": (
+        Mutant("distft.train.stage:train_run", "vocabulary=language_model.shape.rows", "vocabulary=2 * language_model.shape.rows"),
+        [guard(test_live.test_a_run_tells_the_rule_its_vocabulary)]),
+    "the rule is not told of bfloat16's rounding": (
+        Mutant("distft.train.stage:train_run", ", rounding=ROUNDING[_coarser(run)]", ""),
+        [guard(test_normaliser.test_a_run_tells_the_rule_how_much_is_rounding)]),
+    "a step that trains nothing is taken": (
+        Mutant(f"{ENGINE}train_step", 'if not figures[FIGURES.index("counts")].any():', "if False:"),
+        [guard(test_bad_numbers.test_a_live_rule_that_masks_a_whole_step_says_so, rule=Eksft)]),
+    # --- the drift budget
+    "what a budget measures is no part of the run": (
+        Mutant("distft.train.identity:_measured", "run.objective.drift_budget is None", "True"),
+        [guard(test_budget.test_under_a_budget_what_is_measured_is_part_of_the_run)]),
+    "a periodic checkpoint forgets the control": (
+        Mutant("distft.train.loop:train", 'drifted else None, "total_steps": plan.total_steps, **_kept(budget)',
+               'drifted else None, "total_steps": plan.total_steps'),
+        [guard(test_budget.test_a_run_that_died_goes_on_from_its_last_periodic_checkpoint)]),
     "a token's live signals are read from the beginning of the batch": (
         Mutant(f"{LIVE_RULE}decide", "_floats(value)[answers]", "_floats(value)[: answers.sum()]"),
         [guard(STEP, teacher=ALL, case="asft, prompt held"), guard(STEP, teacher=EXACT, case="eaft, prompt held")]),
@@ -255,10 +308,9 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant("distft.engine.local:_figures", "sign * (value_N * weight_N)", "sign * (value_N * borne_N)"),
         [guard(test_normaliser.test_one_by_eight_two_by_four_and_eight_by_one_are_the_same_step, objective="sft_kl")]),
     "a dense teacher's divergence is seen from the student": (
-        Mutant(f"{CHUNK}_compare_whole", "-_row_dots(self.teacher_CV, self.log_ratio_CV)",
-               "_row_dots(self.exp_CV, self.log_ratio_CV) / self.total_C"), [guard(STEP, teacher=EXACT, case="sft_kl")]),
+        Mutant(f"{WHOLE}_compare", "-_row_dots(teacher_BV.exp(), ratio_BV)", "_row_dots(soft_BV.exp(), ratio_BV)"), [guard(STEP, teacher=EXACT, case="sft_kl")]),
     "a dense teacher's pull has no mean": (
-        Mutant(f"{CHUNK}gradient", "self.log_ratio_CV.sub_(self.exact_rkl_C[:, None])", "self.log_ratio_CV"),
+        Mutant(f"{WHOLE}_pull", ".sub_(self.exact_rkl_C[where, None])", ""),
         [guard(STEP, teacher=EXACT, case="sft_kl backwards")]),
     "an infinity in the cache is no trouble": (
         Mutant("distft.teacher.cache:TeacherCache.scores", "if wrong:", "if False:"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from distft.engine.head import TrainedModel
 from distft.engine.local import PARTS
 from distft.engine.world import World
 from distft.objectives.treatment import treatment
+from distft.train.batches import Feed
+from distft.train.drift import ROUNDING
 from distft.train.targets import micro_batch, supervised
 from tests.helpers.objectives import ALL_POSITIONS, CATALOG, uneven
 from tests.helpers.steps import Taken, distance, feed, take, take_step
@@ -61,6 +64,38 @@ def test_one_by_eight_two_by_four_and_eight_by_one_are_the_same_step(tmp_path: P
 def take_step_of_stranger(made: Lab) -> Taken:
     """A step of another model than the one that is the teacher."""
     return take(replace(made, model=shared_model(seed=1)), feed(made).step(np.arange(8)), World())
+
+
+@pytest.mark.parametrize(
+    "case", [{"kind": "eksft", "rho": 0.3, "lambda_kl": 0.4}, {"kind": "eksft", "rho": 0.3, "combine": "intersection"}]
+)
+def test_in_bfloat16_a_student_that_is_its_teacher_has_moved_nowhere(tmp_path: Path, case: dict[str, Any]) -> None:
+    """Rounding is no movement, and so chooses no token to be held, another one in each layout."""
+    made = lab(tmp_path, documents=uneven(), objective=case).changed(model={"dtype": "bfloat16"}, train={"clip": None})
+    made.score()
+    found = []
+    for budget in (16, 64, 128):
+        variant = made.changed(train={"micro_batch_tokens": budget})
+        mine = Feed(variant.corpus, variant.cache(), variant.run.objective, variant.run.train, World(), vocabulary=280,
+                    rounding=ROUNDING["bfloat16"]).step(np.arange(8))  # fmt: skip
+        found.append(take(variant, mine, World()).values.counts)
+    assert [one["rkl"] for one in found] == [0, 0, 0]
+    assert found[0]["ce"] == found[1]["ce"] == found[2]["ce"]
+
+
+def test_a_run_tells_the_rule_how_much_is_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    plain = Feed.__init__
+
+    def watching(self: Any, *args: Any, **named: Any) -> None:
+        plain(self, *args, **named)
+        seen.append(self.rounding)
+
+    monkeypatch.setattr(Feed, "__init__", watching)
+    made = lab(tmp_path, documents=uneven(), objective={"kind": "sft"}).changed(train={"max_steps": 1, "warmup_steps": 0})
+    made.train()
+    made.changed(name="half", model={"dtype": "bfloat16"}).train()
+    assert seen == [1e-5, 1e-3]
 
 
 def test_the_normaliser_is_the_count_over_the_whole_step(tmp_path: Path) -> None:

@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 
 from distft.engine.local import LocalEngine
+from distft.engine.world import World
 from distft.errors import CorruptArtifactError
 from distft.teacher.forward import Scores, score_documents
+from distft.teacher.head_copy import commit_head
+from distft.teacher.identity import teacher_folder
+from distft.train.drift import Drift, measure_drift
 from tests.helpers.stores import Lab, document, lab, loaded, random_documents, shared_model
 
 Scorer = Callable[..., list[Scores]]
@@ -102,3 +106,21 @@ def test_an_honest_cache_of_other_families_passes(tmp_path: Path, family: str) -
     made = lab(tmp_path, documents=random_documents(12, seed=13), model=shared_model(family))
     made.score()
     assert made.changed(train={"max_steps": 2}).train()["steps"] == 2
+
+
+@pytest.mark.parametrize("distribution", [{"kind": "topk"}, {"kind": "hidden"}])
+def test_drift_in_many_chunks_is_the_same(tmp_path: Path, distribution: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a student that is not its teacher: every chunk has its own tokens' labels and teacher."""
+    made = lab(tmp_path, documents=random_documents(6, seed=4), score={"distribution": distribution})
+    if distribution["kind"] == "hidden":
+        commit_head(teacher_folder(made.store, made.identity()), loaded(made.model), World())
+    made.score()
+    engine = LocalEngine(loaded(shared_model(seed=1)), made.run.train, World())
+
+    def measured() -> Drift:
+        return measure_drift(engine.measure, made.corpus.documents("train"), made.cache(), World(), tokens_per_batch=1000)
+
+    whole = measured()
+    monkeypatch.setattr("distft.objectives.loss.loss_chunk", lambda *_: 3)
+    assert whole.kl > 0.1
+    assert measured().facts() == pytest.approx(whole.facts(), rel=1e-5)

@@ -69,6 +69,19 @@ def test_a_step_is_that_of_the_paper(teacher: str, case: str, lab_of: Callable[[
     assert max(float(g.abs().max()) for g in paper.gradients.values()) > 1e-3
 
 
+CUT = ["sft_kl", "asft, prompt held", "eaft, prompt held", "dft", "eksft, prompt held", "talr", "lwf, by group, prompt held"]
+
+
+@pytest.mark.parametrize("case", CUT)
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_a_step_in_many_chunks_is_that_of_the_paper(
+    teacher: str, case: str, lab_of: Callable[[str], Lab], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tokens a chunk, so that live rules decide on a second one, and their teacher and labels are those of its tokens."""
+    monkeypatch.setattr("distft.objectives.loss.loss_chunk", lambda *_: 3)
+    test_a_step_is_that_of_the_paper(teacher, case, lab_of)
+
+
 def both(made: Lab, teacher: str, case: str, *, seed: int) -> tuple[Taken, Whole]:
     student = shared_model(TEACHERS[teacher][0], seed=seed)
     documents = list(made.corpus.documents("train"))

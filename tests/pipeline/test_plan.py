@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from distft.store.location import open_location
+from distft.store.manifest import read_manifest
 from tests.helpers.runs import Bench, distft, files
 
 ARTIFACTS = ("corpus", "teacher", "checkpoints", "model", "eval", "report")
@@ -64,6 +67,27 @@ def test_a_setting_of_the_run_leaves_its_inputs(finished: Bench) -> None:
     assert finished.plan("train.lr=2e-3") == states("have", "have", "stale", "stale", "stale", "stale")
     assert finished.plan("export.dtype=bfloat16") == states("have", "have", "have", "stale", "stale", "stale")
     assert finished.plan("name=other") == states("have", "have", "missing", "missing", "missing", "missing")
+
+
+def test_a_teacher_that_training_would_refuse_is_partial(bench: Bench) -> None:
+    """A copy of the head that is gone, and a document that could not be read."""
+    config = bench.config()
+    config["score"] = {"distribution": {"kind": "hidden"}}
+    bench.write(config)
+    bench.run("tokenize")
+    place = Path(bench.run("score").json["teacher"])
+    assert bench.plan()["teacher"] == "have"
+    (place / "HEAD.json").unlink()
+    [told] = [one for one in bench.run("plan").json["artifacts"] if one["artifact"] == "teacher"]
+    assert (told["state"], told["verb"]) == ("partial", "score")
+    assert "without the copy of the teacher's head" in told["note"]
+    assert bench.run("score").json["documents_scored"] == 0
+    assert bench.plan()["teacher"] == "have"
+    [stated] = (place / "coverage").iterdir()
+    manifest = read_manifest(open_location(str(stated.parent)), stated.name)
+    assert manifest is not None
+    stated.write_bytes(replace(manifest, facts=manifest.facts | {"quarantined": {"0" * 32: "out of memory"}}).to_json())
+    assert bench.plan()["teacher"] == "partial"
 
 
 def test_a_run_without_teacher_has_none_to_plan(bench: Bench) -> None:

@@ -23,6 +23,7 @@ def data(**heldout: Any) -> dict[str, Any]:
 
 NONE = {"distribution": {"kind": "none"}}
 SAMPLE = {"distribution": {"kind": "sample"}}
+MEASURED: dict[str, Any] = {"data": data(path="data/h.jsonl"), "train": {"drift_every_steps": 5}}
 TASK = {"kind": "generate", "name": "x", "path": "p"}
 
 
@@ -49,6 +50,37 @@ TASK = {"kind": "generate", "name": "x", "path": "p"}
         (run(data=data(path="data/t.jsonl", split="train")), "drift would be measured on what is trained"),
         (run(train={"drift_every_steps": 5}), "train.drift_every_steps is set without data.heldout"),
         (run(train={"max_steps": 5}), "train.warmup_steps=20 is more than train.max_steps=5"),
+        (
+            run(objective={"kind": "eksft", "lambda_kl": 0.0, "drift_budget": 0.1}, **MEASURED),
+            "eksft has none with these settings",
+        ),
+        (run(objective={"kind": "dft", "drift_budget": 0.1}, **MEASURED), "dft has none with these settings"),
+        (
+            run(objective={"kind": "kd", "drift_budget": 0.1}, teacher={"path": "t"}, **MEASURED),
+            "drift is the distance from teacher.path=t, which training is to shorten",
+        ),
+        (
+            run(
+                objective={"kind": "sft_kl", "drift_budget": 0.1},
+                **MEASURED | {"train": {"drift_every_steps": 50, "max_steps": 100}},
+            ),
+            "drift_every_steps=50 it is measured twice in 100 steps: make it at most 49",
+        ),
+        (
+            run(
+                objective={"kind": "sft_kl", "drift_budget": 0.1},
+                **MEASURED | {"train": {"drift_every_steps": 999, "max_steps": 100}},
+            ),
+            "it is measured once in 100 steps",
+        ),
+        (
+            run(
+                objective={"kind": "sft", "prompt_kl": 0.5},
+                score={"positions": "all"},
+                data={"train": {"path": "t", "format": "text"}},
+            ),
+            "holds prompts, and data.train.format=text has none",
+        ),
         (run(evaluate={"tasks": [TASK, {"kind": "nll", "name": "x", "source": {"path": "p"}}]}), "the name 'x' stands twice"),
     ],
 )
@@ -83,6 +115,11 @@ def test_a_pair_that_cannot_be(document: dict[str, Any], says: str) -> None:
         run(data=data(path="data/t.jsonl", subset="b")),
         run(data=data(path="data/h.jsonl"), train={"drift_every_steps": 5}),
         run(train={"max_steps": 20}),
+        run(objective={"kind": "sft", "prompt_kl": 0.1, "drift_budget": 0.1}, score={"positions": "all"}, **MEASURED),
+        run(objective={"kind": "eksft", "drift_budget": 0.1}, **MEASURED),
+        run(
+            objective={"kind": "sft_kl", "drift_budget": 0.1}, **MEASURED | {"train": {"drift_every_steps": 49, "max_steps": 100}}
+        ),
         run(teacher={"path": "t", "revision": "main"}),
         run(evaluate={"tasks": [TASK, TASK | {"name": "y"}]}),
     ],

@@ -164,6 +164,39 @@ def test_a_rule_reads_what_it_declares_and_nothing_else(name: str) -> None:
         assert (columns(rule.treat(other)) != plain) == declared, what
 
 
+def test_lwf_lifts_to_the_floor_unless_anchors_are_given() -> None:
+    assert Lwf(kind="lwf").model_dump()["c"] == Lwf.model_validate({"kind": "lwf", "c": None}).c == "floor"
+    assert Lwf(kind="lwf", anchors="given").model_dump()["c"] == 0.999
+    assert Lwf.model_validate(Lwf(kind="lwf", anchors="given", c=0.5).model_dump()).c == 0.5
+    with pytest.raises(ValidationError, match="give a number for anchors that are given"):
+        Lwf(kind="lwf", anchors="given", c="floor")
+
+
+@pytest.mark.parametrize(
+    ("settings", "holds"),
+    [
+        ({"kind": "eksft"}, True), ({"kind": "eksft", "lambda_kl": 0.0}, False),
+        ({"kind": "eksft", "prompt_kl": 1.0, "lambda_kl": 0.0}, False),
+        ({"kind": "lwf"}, True), ({"kind": "lwf", "beta": 0.0}, True), ({"kind": "lwf", "beta": 0.0, "c": 1.0}, False),
+        ({"kind": "asft"}, True), ({"kind": "sft", "prompt_kl": 1.0}, False), ({"kind": "stm_kl"}, True), ({"kind": "kd"}, True),
+    ],
+)  # fmt: skip
+def test_a_rule_holds_what_its_settings_say(settings: dict[str, Any], holds: bool) -> None:
+    rule = TypeAdapter[Any](Objective).validate_python(settings)
+    assert rule.holds == holds
+    made = rule.treat(signals(0.9, 0.5, 0.4, 0.01, 0.2))
+    assert bool((made.kl + made.rkl).any()) == holds
+    assert rule.needs_distribution or not holds
+
+
+@pytest.mark.parametrize("rounding", [1e-5, 1e-3])
+def test_what_rounding_moves_has_not_moved(rounding: float) -> None:
+    rkl = floats(0.5, 1.01, 0.99, 2.0) * np.float32(rounding)
+    live = LiveSignals(label_logprob=floats(*[-1] * 4), entropy=floats(1, 2, 3, 4), top_entropy=rkl, kl=rkl, rkl=rkl)
+    made = Eksft(kind="eksft", rho=0.8, lambda_entropy=0.0).treat(replace(signals(*[0.5] * 4, live=live), rounding=rounding))
+    assert (made.rkl > 0).tolist() == [False, True, False, True]
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_holds_if_and_only_if_it_asks_for_a_distribution(name: str) -> None:
     rule = RULES[name]

@@ -21,15 +21,18 @@ def run(**sections: Any) -> Run:
 
 
 def test_the_heads_buffers_are_those_of_the_loss() -> None:
-    from distft.objectives.loss import CHUNK_BYTES
+    from distft.objectives.loss import BUFFER_BYTES
 
-    assert HEAD_BUFFER_BYTES == 3 * CHUNK_BYTES
+    assert HEAD_BUFFER_BYTES == BUFFER_BYTES
 
 
 def test_a_billion_parameters_in_bfloat16() -> None:
     """20 bytes a parameter before activations: 2 + 2 in bfloat16, 4 x 4 in float32."""
     small = memory_per_rank(run(train={"micro_batch_tokens": 2}), BILLION, CONFIG)
     assert 20 * BILLION < small < 22.5 * BILLION
+    assert memory_per_rank(run(train={"micro_batch_tokens": 2}), BILLION, {**CONFIG, "vocab_size": 0}) == pytest.approx(
+        small - 6 * 128_256 * 2048  # the head's gradient, summed in float32 and rounded
+    )
     assert memory_per_rank(run(model={"path": "m", "dtype": "float32"}, train={"micro_batch_tokens": 2}), BILLION, CONFIG) < small
 
 

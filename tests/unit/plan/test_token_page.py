@@ -16,7 +16,7 @@ import pytest
 from distft.corpus.chat import load_tokenizer
 from distft.errors import ConfigError, StoreError
 from distft.objectives.treatment import Signals
-from distft.plan.token_page import PAGE_TOKENS, STEPS, chosen_documents, token_page, write_token_page
+from distft.plan.token_page import PAGE_TOKENS, STEPS, _palette, chosen_documents, token_page, write_token_page
 from distft.plan.token_text import BROKEN, PART, TokenTexts, visible
 from distft.plan.tokens import TREATMENTS, Seen, TokenPlan, plan_tokens
 from distft.store.location import open_location
@@ -153,6 +153,28 @@ def test_run_names_and_files_stay_text(texts: TokenTexts) -> None:
     html = page_of(seen, texts)
     assert "<b onclick" not in html
     assert "&lt;b onclick=x&gt;.jsonl, row 1" in html
+
+
+def test_files_and_special_tokens_cannot_turn_the_text_around(texts: TokenTexts) -> None:
+    special = min(texts.special)
+    seen = seen_of([[*ids_of("text"), special]])
+    object.__setattr__(seen[0].document, "file", "gpj.\u202elive\u200b.jsonl")
+    texts._known[special] = "<\u202e|end|>"
+    html = page_of(seen, texts)
+    assert "\u202e" not in html
+    assert html.count("gpj.U+202EliveU+200B.jsonl, row 1") == 2
+    assert "<u>&lt;<b>U+202E</b>|end|&gt;</u>" in html
+
+
+@pytest.mark.parametrize("largest", [1.0, 4.0, 1e4, 1e9])
+def test_a_palette_is_as_fine_as_its_weights_are_small(largest: float) -> None:
+    weights = np.random.default_rng(0).random((4, 20_000)).astype(np.float32) * largest
+    weights[1:] = 0
+    weights[0, 0] = largest
+    rows, places = _palette(weights)
+    assert len(rows) <= 4096
+    found = np.array(rows)[places].T
+    assert np.abs(found - weights).max() <= largest / 1000
 
 
 def test_pieces_make_the_text(texts: TokenTexts) -> None:

@@ -165,7 +165,7 @@ def test_the_runs_settings_are_told_beside_the_defaults() -> None:
 
 
 def test_a_weight_that_is_next_to_nothing_does_not_name_the_treatment() -> None:
-    plan = by_hand("lwf")
+    plan = by_hand(objective={"kind": "lwf", "c": 0.999})
     learned = np.flatnonzero(np.array(Q) < 0.9 - 1e-6)
     assert (codes_of(plan)[learned] == TREATMENTS.index("learned")).all(), "an anchor holds with a thousandth of its weight"
     assert set(codes_of(by_hand("sft_kl"))) == {TREATMENTS.index("both")}
@@ -177,7 +177,7 @@ def codes_of(plan: TokenPlan) -> Any:
 
 @pytest.mark.parametrize("settings", [
     {"kind": "stm", "tau": 30.0}, {"kind": "stm", "fraction": 0.3}, {"kind": "stm", "tau": 30.0, "select": "random"},
-    {"kind": "stm_kl", "tau": 30.0}, {"kind": "lwf", "beta": 0.0, "p_star": 0.02}, {"kind": "sft"},
+    {"kind": "stm_kl", "tau": 30.0}, {"kind": "lwf", "beta": 0.0, "p_star": 0.02, "c": 0.999}, {"kind": "sft"},
 ])  # fmt: skip
 def test_masked_is_what_the_feed_drops(tmp_path: Path, settings: dict[str, Any]) -> None:
     made = lab(tmp_path, documents=random_documents(30, seed=5), heldout=random_documents(2, seed=6), objective=settings)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from distft.corpus.reader import Corpus
 from distft.errors import MissingArtifactError
-from distft.store.location import open_location
+from distft.store.location import Location, open_location
 from distft.teacher.catalogue import find_cache
 from distft.teacher.forward import Scores
 from distft.teacher.rows import Documents, document_facts, find_row
 from distft.teacher.statistics import ENTROPY_EDGES, MASS_STEPS, PERPLEXITY_EDGES, Statistics, cache_statistics
 from distft.teacher.verify import verify_cache
 from tests.helpers.caches import join_two_parts, only_cache
-from tests.helpers.stores import Lab, lab, random_documents
+from tests.helpers.stores import Lab, lab, random_documents, write_corpus
 
 DOCUMENTS = random_documents(30, seed=60)
 
@@ -107,6 +109,31 @@ def test_one_document_whole(made: Lab) -> None:
     assert [len(ids) for ids in facts["ids"]] == [len(kept) for kept in facts["logprobs"]] == scores.counts.tolist()
     assert [one for ids in facts["ids"] for one in ids] == scores.ids.tolist()
     assert document_facts(row, Documents(None, made.staging).get(row.digest), "float32")["tokens"] is None
+
+
+def test_one_document_opens_no_more_corpora_than_it_takes(made: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is downloaded whole where the store is far."""
+    for number in range(3):
+        write_corpus(made.store, made.staging, train=[DOCUMENTS[number]])
+    opened, plain = list[str](), Corpus.open
+
+    def open(folder: Location, *rest: Any) -> Corpus:
+        opened.append(folder.url.rpartition("/")[2])
+        return plain(folder, *rest)
+
+    monkeypatch.setattr(Corpus, "open", open)
+    there, documents = made.store.child("corpus").folders(), Documents(made.store, made.staging)
+    assert opened == []
+    first = plain(made.store.child("corpus", there[0]), made.staging).document("train", 0)
+    found = documents.get(first.digest)
+    assert found is not None
+    assert found.tokens.tolist() == first.tokens.tolist()
+    assert opened == there[:1], "the first has it"
+    assert documents.get("0" * 32) is None
+    assert opened == there
+    assert len(documents.corpora) == len(there) == 4
+    assert "0" * 32 not in documents
+    assert opened == there, "each once"
 
 
 def test_an_empty_cache_has_no_statistics(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from distft.engine.local import PARTS
 from distft.engine.world import World
 from distft.errors import CorruptArtifactError, TrainingError
+from distft.objectives.catalog import Dft, Eksft
+from distft.objectives.treatment import treatment
 from distft.teacher.cache import not_finite
 from distft.teacher.head_copy import commit_head
 from distft.teacher.identity import teacher_folder
@@ -22,7 +23,7 @@ from distft.train.record import read_metrics
 from tests.helpers.caches import only_cache, rewrite
 from tests.helpers.objectives import uneven
 from tests.helpers.steps import feed
-from tests.helpers.stores import Lab, lab, loaded
+from tests.helpers.stores import Lab, bits, differing, lab, loaded
 
 BAD = uneven()[2]
 """The document whose row is spoiled: fifteen supervised tokens."""
@@ -117,13 +118,33 @@ def test_a_step_of_which_every_token_is_masked_is_an_error(tmp_path: Path, selec
 
 @pytest.mark.parametrize("normalise", ["token_mean", "group_mean"])
 def test_lwf_without_anchors_and_without_holding_says_that_it_trains_nothing(tmp_path: Path, normalise: str) -> None:
-    """Its tokens count, so this is no division by nothing: the loss is 0, and the line of metrics says why."""
+    """Its tokens count, so this is no division by nothing; but weight decay and old momentum would move the model."""
     made = lab(tmp_path, documents=uneven(), objective={"kind": "lwf", "p_star": 1e-30, "beta": 0.0, "normalise": normalise})
     made.score()
-    made.train()
-    for line in read_metrics(made.run_folder):
-        assert line["loss"] == line["grad_norm"] == 0
-        assert all(line[f"{kind}_{part}"] == 0 for kind in ("share", "mass") for part in PARTS)
+    assert_nothing_is_trained(made)
+
+
+def assert_nothing_is_trained(made: Lab) -> None:
+    before = bits(made.engine())
+    with pytest.raises(TrainingError, match=r"No token has a weight: the objective trains none of the [1-9]") as told:
+        made.train()
+    assert told.value.where.startswith("step 1, rows")
+    assert "loosen the objective's selection" in told.value.help
+    assert read_metrics(made.run_folder) == []
+    engine = made.engine()
+    mine = feed(made).step(np.arange(8))
+    with pytest.raises(TrainingError, match="nothing was updated"):
+        engine.train_step(mine.micro_batches, normaliser=sum(mine.counts), lr=1e-3)
+    assert differing(before, bits(engine)) == []
+    assert all(p.grad is None for p in engine.parameters.values())
+
+
+@pytest.mark.parametrize("rule", [Dft, Eksft])
+def test_a_live_rule_that_masks_a_whole_step_says_so(rule: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = lab(tmp_path, documents=uneven(), objective={"kind": rule.model_fields["kind"].annotation.__args__[0]})
+    made.score()
+    monkeypatch.setattr(rule, "treat", lambda self, signals: treatment(len(signals)))
+    assert_nothing_is_trained(made)
 
 
 def test_a_fraction_never_masks_a_whole_step(tmp_path: Path) -> None:
