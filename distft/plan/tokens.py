@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from distft.config.schema import NoDistribution, Run, Sample
 from distft.corpus.reader import Document
-from distft.objectives.catalog import Eaft, Eksft, Objective, Stm
+from distft.objectives.catalog import Eaft, Eksft, Objective, Stm, Talr
 from distft.objectives.treatment import LiveSignals, ObjectiveRule, Signals, Treatment
 
 TREATMENTS = ("learned", "both", "held", "entropy", "masked", "live")
@@ -232,6 +232,8 @@ def notes(one: Applied, *, own_teacher: bool) -> list[str]:
         found.append(
             "Its weights follow from the student of each step, and with another model as the teacher step 0 is not known."
         )
+    if isinstance(rule, Talr):
+        found.append("A variant: tokens are compared within their own document, and a hard document is not weighed down.")
     if isinstance(rule, Eaft) and own_teacher:
         found.append("The entropy of its 20 likeliest tokens is taken to be that of all, at most ln 20.")
     if isinstance(rule, Eksft) and own_teacher and rule.lambda_kl > 0:

@@ -188,7 +188,7 @@ class _Columns:
 
     def __init__(self, tokens: int) -> None:
         kinds = (np.float32, np.float32, np.uint32, np.float32, np.uint16)
-        self._fixed = [np.empty(tokens, kind) for kind in kinds]
+        self._fixed: list[npt.NDArray[Any]] = [np.empty(tokens, kind) for kind in kinds]
         self._kept: list[npt.NDArray[Any]] = [np.empty(0, np.uint32), np.empty(0, np.float16)]
         self._words = np.empty((0, 0), np.uint16)
         self._tokens = self._entries = self._hidden = 0

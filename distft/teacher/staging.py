@@ -12,9 +12,10 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from threading import Event
 from typing import TypeVar
 from uuid import uuid4
 
@@ -53,8 +54,19 @@ def open_shards(folder: Location, entries: Sequence[FileEntry], staging: Path) -
     sweep(staging)
     first = ranks.rank() * len(entries) // ranks.size()
     order = [*range(first, len(entries)), *range(first)]
+    failed = Event()
+
+    def one(number: int) -> PlainShard:
+        if failed.is_set():
+            raise CancelledError  # told by the shard that failed, which began before this one
+        try:
+            return _mapped(folder, entries[number], staging, used)
+        except BaseException:
+            failed.set()
+            raise
+
     with ThreadPoolExecutor(max(1, THREADS // ranks.size())) as pool:
-        shards = dict(zip(order, pool.map(lambda number: _mapped(folder, entries[number], staging, used), order), strict=True))
+        shards = dict(zip(order, pool.map(one, order), strict=True))
     return [shards[number] for number in range(len(entries))]
 
 

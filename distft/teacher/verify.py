@@ -151,8 +151,6 @@ def _verify_part(
                 wrong += [f"document {row.digest}: {problem}" for problem in row_problems(row, document, cache.identity, form)]
         except CorruptArtifactError as error:
             wrong.append(error.problem if entry.name in error.problem else f"{entry.name}: {error.problem}")
-        finally:
-            (staging / "compressed" / entry.sha256).unlink(missing_ok=True)
         figures.update(files=1, bytes=entry.size)
         meter.advance(entry.size)
     if not wrong:

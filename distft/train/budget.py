@@ -1,10 +1,11 @@
 """The drift budget: how strongly the objective holds, controlled so that drift on held-out text stays within what the user allows.
 
 The weights on divergences are multiplied by a factor. After each measurement the factor moves, in logarithms, by how far drift is
-expected to lie from the budget some measurements later, and never by more than a step. Expecting matters: a model goes on moving for a
-while after it is held, so a factor that waits until the budget is spent comes too late. What is measured has noise: the slope is taken
-over several measurements, an error within BAND is answered by nothing, and one below the budget is answered as one above it, but for the
-size of a step. The factor is never below the user's own weights divided by RELEASE.
+expected to lie from the budget some measurements later, and never by more than a step. Expecting matters: a model goes on moving for
+a while after it is held, so a factor that waits until the budget is spent comes too late. What is measured has noise: the slope is
+taken over several measurements, and an error within BAND is answered by nothing. While drift still speeds up, a slope over several
+would lag behind, so at first the steeper one counts. The factor slips more slowly than it grips, and never below the user's own
+weights divided by RELEASE.
 
 Pure arithmetic on measured numbers: a run that is taken up again goes on as if it had not stopped.
 """
@@ -15,15 +16,17 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-AHEAD = 3
+AHEAD = 4
 """How many measurements ahead drift is expected to go on as it did over the last few."""
-SEEN = 3
-"""How many measurements the slope is taken over."""
+SEEN = 4
+"""How many measurements are kept, and the slope is taken over."""
+EARLY = 6
+"""For so many measurements the slope is that since the last one, if it is steeper."""
 BAND = 0.1
 """Expected errors, in logarithms, that are left alone."""
 GAIN = 0.5
 """How much of the expected error is answered at once."""
-GRIP, SLIP = math.log(2.5), math.log(1.25)
+GRIP, SLIP = math.log(2.5), math.log(1.15)
 """The most that the factor's logarithm moves up and down at one measurement."""
 RELEASE = 8.0
 MOST = 256.0
@@ -41,6 +44,8 @@ class DriftBudget:
     factor: float = 1.0
     seen: list[float] = field(default_factory=lambda: [0.0])
     """Drift as last measured, the newest last; a student that has not moved has none."""
+    measured: int = 0
+    """How many times."""
     over: int = 0
     """Consecutive measurements above the budget with the factor at its upper bound."""
 
@@ -58,8 +63,11 @@ class DriftBudget:
 
     def observe(self, drift: float) -> None:
         """Takes a measurement, and sets the factor for the steps until the next."""
+        since_last, self.measured = drift - self.last, self.measured + 1
         self.seen = [*self.seen, drift][-SEEN:]
         slope = (drift - self.seen[0]) / (len(self.seen) - 1)
+        if self.measured <= EARLY:
+            slope = max(slope, since_last)
         expected = max(drift + AHEAD * slope, drift / 2, 1e-3 * self.budget)
         error = math.log(expected / self.budget)
         if abs(error) > BAND:

@@ -29,7 +29,7 @@ OWN_TEACHER_LIMIT = {"float32": 1e-3, "bfloat16": 2e-2}
 """Nats per token that rounding (float16 log-probabilities, another batch shape) may put between a model and its own cache. A shift
 by one token gives several nats."""
 ROUNDING = {"float32": 1e-5, "bfloat16": 1e-3}
-"""Nats of KL(p||q) that it puts between a token and its own cache, at most but for a few: what lies below is no movement of a student."""
+"""Nats of KL(p||q) that it puts between a token and its own cache: what lies below is no movement of a student."""
 PROBED_DOCUMENTS = 8
 
 

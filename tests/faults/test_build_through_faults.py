@@ -14,6 +14,7 @@ import pytest
 from distft.corpus.reader import Corpus
 from distft.store import s3
 from distft.store.location import Location, open_location
+from distft.teacher import staging
 from tests.helpers.caches import only_cache
 from tests.helpers.contents import Contents, contents, nothing_left_over
 from tests.helpers.proxy import Proxy, Weather, proxied
@@ -150,6 +151,7 @@ def test_wrong_bytes_are_never_trained_on(
     proxy: Proxy, built: Bench, undisturbed: Undisturbed, hidden: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wrong once, they are fetched again; wrong always, that is an error about this file."""
+    monkeypatch.setattr(staging, "THREADS", 1)  # so that one shard alone is asked for before the error is told
     proxy.hides_checksums = hidden
     forget(built, monkeypatch)
     each = [Flips("GET", pattern, 1) for pattern in READ]

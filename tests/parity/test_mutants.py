@@ -116,13 +116,14 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
     "padded head rows get mass": (
         Mutant("distft.corpus.render:token_rows", "+ 1", "+ 6"), [guard(test_forward.test_padded_head_rows_have_no_mass)]),
     "soft-capping is forgotten on the way back": (
-        Mutant(f"{DISTRIBUTIONS}LogitShape.back", "grad_CV *= logits_CV.div_(self.softcap).square_().neg_().add_(1)", "pass"), [FORMULAS]),
+        Mutant(f"{DISTRIBUTIONS}LogitShape.back", "grad_CV *= logits_CV.div_(self.softcap).square_().neg_().add_(1)", "pass"),
+        [FORMULAS]),
     "a whole [tokens, vocabulary] is made": (
-        Mutant(f"{LOSS}_chunks", "range(0, tokens, size)", "range(0, tokens, tokens)"), [CHUNKS]),
+        Mutant(f"{LOSS}_TokenLoss.forward", "_chunks(len(hidden_ND), size)", "_chunks(len(hidden_ND), len(hidden_ND))"), [CHUNKS]),
     "a chunk's buffers live on beside the next one's": (
         Mutant(f"{LOSS}_TokenLoss.forward", "del logits_CV, seen_CV, chunk", "pass"), [CHUNKS]),
     "the head's gradient is made whole beside its sum": (
-        Mutant(f"{LOSS}_add_product", "WEIGHT_ROWS):", "len(total_VD)):\n        WEIGHT_ROWS = len(total_VD)"),
+        Mutant(f"{LOSS}_add_product", "start + WEIGHT_ROWS)", "start + len(total_VD))"),
         [guard(test_loss.test_the_heads_gradient_is_made_without_a_second_one, kind=torch.bfloat16)]),
     "a kept token's log-probability is that of what float32 leaves of it": (
         Mutant(f"{CHUNK}_take_out_kept", "(logit_M - self.total_C.log()[self.row_M]).clamp_min(LOWEST)",
@@ -232,8 +233,8 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
     "kd exchanges label and teacher": (
         Mutant(f"{RULE}kd:Kd.treat", "ce=1 - self.lam, kl=self.lam", "ce=self.lam, kl=1 - self.lam"), [guard(PAPER, case="kd")]),
     "a long prompt weighs more": (
-        Mutant("distft.objectives.treatment:ObjectiveRule.prompt_weight", "self.prompt_kl * supervised / prompt if",
-               "self.prompt_kl if"),
+        Mutant("distft.objectives.treatment:ObjectiveRule.prompt_weight", "self.softening**2 * supervised / prompt if",
+               "self.softening**2 if"),
         [guard(test_against_papers.test_a_prompt_weighs_its_multiple_of_the_answer_however_long_it_is, prompt=200)]),
     # --- the student of the step, groups, prompts
     "a whole document's live signals are those of the token before": (
@@ -244,10 +245,12 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         [guard(STEP, teacher=ALL, case="eksft"), guard(STEP, teacher=EXACT, case="talr")]),
     "a token's live rule is asked about the beginning of the batch": (
         Mutant(f"{LIVE_RULE}decide", "self.answers[rows]", "self.answers[: rows.stop - rows.start]"),
-        [guard(STEP_IN_CHUNKS, teacher=ALL, case="asft, prompt held"), guard(STEP_IN_CHUNKS, teacher=EXACT, case="eaft, prompt held")]),
+        [guard(STEP_IN_CHUNKS, teacher=ALL, case="asft, prompt held"),
+         guard(STEP_IN_CHUNKS, teacher=EXACT, case="eaft, prompt held")]),
     "a chunk's prompt is held as the batch's first tokens are": (
         Mutant(f"{LIVE_RULE}decide", "self.fixed[rows]", "self.fixed[: rows.stop - rows.start]"),
-        [guard(STEP_IN_CHUNKS, teacher=ALL, case="asft, prompt held"), guard(STEP_IN_CHUNKS, teacher=EXACT, case="eaft, prompt held")]),
+        [guard(STEP_IN_CHUNKS, teacher=ALL, case="asft, prompt held"),
+         guard(STEP_IN_CHUNKS, teacher=EXACT, case="eaft, prompt held")]),
     "the rule is told of twice the vocabulary": (
         Mutant("distft.train.stage:train_run", "vocabulary=language_model.shape.rows", "vocabulary=2 * language_model.shape.rows"),
         [guard(test_live.test_a_run_tells_the_rule_its_vocabulary)]),
@@ -308,7 +311,8 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant("distft.engine.local:_figures", "sign * (value_N * weight_N)", "sign * (value_N * borne_N)"),
         [guard(test_normaliser.test_one_by_eight_two_by_four_and_eight_by_one_are_the_same_step, objective="sft_kl")]),
     "a dense teacher's divergence is seen from the student": (
-        Mutant(f"{WHOLE}_compare", "-_row_dots(teacher_BV.exp(), ratio_BV)", "_row_dots(soft_BV.exp(), ratio_BV)"), [guard(STEP, teacher=EXACT, case="sft_kl")]),
+        Mutant(f"{WHOLE}_compare", "-_row_dots(teacher_BV.exp(), ratio_BV)", "_row_dots(soft_BV.exp(), ratio_BV)"),
+        [guard(STEP, teacher=EXACT, case="sft_kl")]),
     "a dense teacher's pull has no mean": (
         Mutant(f"{WHOLE}_pull", ".sub_(self.exact_rkl_C[where, None])", ""),
         [guard(STEP, teacher=EXACT, case="sft_kl backwards")]),

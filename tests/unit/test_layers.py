@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "distft"
 # An objective's settings and its rule are one file, so the run file's schema stands on the catalog: both are `rules`.
 UNITS = {
     "errors": "errors", "ranks": "ranks", "progress": "progress", "stopping": "stopping", "": "root",
-    "config": "rules", "objectives": "rules", "objectives.loss": "loss", "objectives.chunk": "loss",
+    "config": "rules", "objectives": "rules", "objectives.loss": "loss", "objectives.chunk": "loss", "objectives.whole": "loss",
     "objectives.distributions": "loss",
     "store": "store", "store.model_folder": "model folder",
     "corpus": "corpus", "engine": "engine",

@@ -5,10 +5,9 @@ unlikely, compared with the rest of the same document.
 
 This is a variant. The paper's temperature tau is the median over the batch of each sequence's mean NLL; here it is the sequence's own
 mean NLL, since a median over a batch depends on what else is in the micro-batch and on the rank, and the same step would differ from
-layout to layout (law 7). So what the paper does to a hard sequence as a whole, to weigh it down against easy ones, is not reproduced: only
-hard tokens within each are. Nor are its weights normalised to a distribution over tokens: they are p(y_t)^(1/tau) as its code has them,
-and a step of unlikely tokens is a smaller step. A sequence of one token always gets 1/e or w_min. tau is kept above a millionth of a nat,
-where every weight is 1 to any precision.
+layout to layout (law 7). So two things of the paper are not reproduced. A hard sequence is not weighed down against easy ones: only
+hard tokens within each are. And weights are not normalised on a simplex over the batch's tokens: they do not add up to anything. A
+sequence of one token always gets 1/e or w_min. tau is kept above a millionth of a nat, where every weight is 1 to any precision.
 """
 
 from __future__ import annotations

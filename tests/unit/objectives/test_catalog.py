@@ -337,6 +337,12 @@ def test_lwf_without_an_annotation_is_an_error() -> None:
         RULES["lwf given"].treat(replace(signals(0.5), anchors=None))
 
 
+def test_talr_does_not_weigh_a_hard_document_down() -> None:
+    """The deviation from the paper, whose median over the batch would: weights follow from the document's own spread."""
+    easy, hard = (RULES["talr"].treat(signals(*p)).ce for p in ([0.8**2, 0.8], [0.1**2, 0.1]))
+    assert hard.tolist() == pytest.approx(easy.tolist(), rel=1e-5)
+
+
 def test_talr_of_one_token_or_of_a_sure_student() -> None:
     assert RULES["talr"].treat(signals(0.01)).ce.tolist() == pytest.approx([math.exp(-1)])
     assert RULES["talr"].treat(signals(1.0, 1.0)).ce.tolist() == [1.0, 1.0]
