@@ -99,12 +99,7 @@ def _tensor_parallel(folder: ModelFolder, size: int) -> dict[str, Any]:
     """What makes transformers share a model among the ranks of the process group."""
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    config = folder.config.get("text_config") or folder.config
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        heads = config.get(name) or size
-        if heads % size:
-            raise ModelError(f"The model's {heads} ({name}) cannot be shared evenly among {size} ranks.", where=str(folder.path),
-                             help=f"Set score.tensor_parallel to a number that divides {heads}.")  # fmt: skip
+    folder.check_shared_by(size)
     return {"distributed_config": DistributedConfig(tp_size=size)}
 
 

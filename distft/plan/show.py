@@ -151,27 +151,25 @@ def _quadrants(found: dict[str, Any], mine: dict[str, Any]) -> list[str]:
 
 
 def _catalog(found: dict[str, Any]) -> list[str]:
-    """Every objective on the same tokens. The mean weight on cross-entropy tells apart those that learn every token, each a little."""
+    """Every objective on the same tokens; `live` are those that will decide anew at each step."""
     lines = [
         "", "# every objective on these tokens: shares of tokens, and of CE",
-        f"{'':<22} {'learned':>14} {'both':>14} {'held':>14} {'masked':>14}   {'mean weight':>11} {'loss at step 0':>14}",
+        f"{'':<12} {'learned':>15} {'both':>15} {'held':>15} {'masked':>15} {'loss':>9} at step 0",
     ]  # fmt: skip
     for one in found["objectives"]:
         shares = one["treatments"]
         cells = [_pair(shares[key]) for key in ("learned", "both", "held")]
         none = {unit: shares["masked"][unit] + shares["entropy"][unit] for unit in ("tokens", "ce")}
-        loss, weight = (f"{one[key]:.3g}" if one[key] is not None else "" for key in ("loss_at_step_0", "mean_ce_weight"))
-        told = "" if one["basis"] == "fixed" else "  at step 0" if one["basis"] == "step 0" else "  decided live"
-        name = one["name"] if len(one["name"]) <= 22 else f"{one['name'][:21]}…"
-        lines.append(
-            f"{name:<22} " + " ".join(f"{cell:>14}" for cell in [*cells, _pair(none)]) + f"   {weight:>11} {loss:>14}{told}"
-        )
-    lines += [f"{kind:<22} left out: {why}" for kind, why in found["left_out"].items()]
+        loss = "" if one["loss_at_step_0"] is None else f"{one['loss_at_step_0']:.3g}"
+        told = "" if one["basis"] == "fixed" else " live"
+        name = one["name"] if len(one["name"]) <= 12 else f"{one['name'][:11]}…"
+        lines.append(f"{name:<12} " + " ".join(f"{cell:>15}" for cell in [*cells, _pair(none)]) + f" {loss:>9}{told}")
+    lines += [f"{kind:<12} left out: {why}" for kind, why in found["left_out"].items()]
     return lines
 
 
 def _pair(share: dict[str, float]) -> str:
-    return "-" if not share["tokens"] else f"{percent(share['tokens'])}, {percent(share['ce'])}"
+    return "" if not share["tokens"] else f"{percent(share['tokens'])}, {percent(share['ce'])}"
 
 
 def sample_text(found: dict[str, Any]) -> str:

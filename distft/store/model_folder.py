@@ -91,6 +91,19 @@ class ModelFolder:
         """What the model's makers advise for generation; empty where they say nothing."""
         return self._json("generation_config.json") or {}
 
+    def check_shared_by(self, ranks: int) -> None:
+        """Refuses to spread the model over so many GPUs, of which each would get a fraction of an attention head."""
+        config = self.config.get("text_config") or self.config
+        heads = int(config.get("num_attention_heads") or ranks)
+        shared = math.gcd(heads, int(config.get("num_key_value_heads") or heads))
+        if shared % ranks:
+            possible = ", ".join(str(n) for n in range(1, shared + 1) if shared % n == 0)
+            raise ModelError(
+                f"The model's attention heads cannot be shared evenly among {ranks} ranks: it has {heads}, with "
+                f"{config.get('num_key_value_heads') or heads} for keys and values.", where=str(self.path),
+                help=f"Set score.tensor_parallel to one of {possible}.",
+            )  # fmt: skip
+
     def parameter_count(self) -> int:
         """Numbers in the weight files, from their headers; a tied matrix that is stored once counts once."""
         counts: dict[str, int] = {}
