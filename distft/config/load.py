@@ -139,7 +139,9 @@ def _lay_over(document: dict[str, Any], override: str) -> None:
     last = parts[-1]
     old = section.get(last) if isinstance(last, str) else section[last]
     if isinstance(old, dict) and isinstance(value, dict):
-        raise ConfigError("The override would replace a whole section.", where=dotted, help=f"Override its keys one by one: {dotted}.KEY=VALUE.")
+        raise ConfigError(
+            "The override would replace a whole section.", where=dotted, help=f"Override its keys one by one: {dotted}.KEY=VALUE."
+        )
     # Another kind brings other keys: those of the old kind would only be complained about.
     if last == "kind" and old not in (None, value):
         dropped = sorted(key for key in section if key != last)

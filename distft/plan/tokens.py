@@ -238,7 +238,7 @@ def notes(one: Applied, *, own_teacher: bool) -> list[str]:
         found.append("The entropy of its 20 likeliest tokens is taken to be that of all, at most ln 20.")
     if isinstance(rule, Eksft) and own_teacher and rule.lambda_kl > 0:
         found.append(
-            "No token has moved at step 0, so it holds none yet; later it will hold, and not learn, up to a share rho of each document."
+            "No token has moved at step 0, so it holds none yet; later it will hold, and not learn, up to rho of each document."
         )
     if rule.prompt_kl > 0:
         found.append("It holds the prompts, too; shares are of supervised tokens alone.")

@@ -104,7 +104,9 @@ def cut_unevenly(world: World, folder: str) -> str:
 def test_heads_that_do_not_divide_are_refused_with_numbers(tmp_path: Path) -> None:
     folder = str(tiny_model_folder(tmp_path, num_key_value_heads=1))
     told = run_ranks(cut_unevenly, 2, folder)
-    assert told == ["The model's attention heads cannot be shared evenly among 2 ranks: it has 4, with 1 for keys and values."] * 2
+    assert (
+        told == ["The model's attention heads cannot be shared evenly among 2 ranks: it has 4, with 1 for keys and values."] * 2
+    )
     one, other = (score_documents(teacher(folder, World()), *documents(), TopK(k=k))[0] for k in (3, 4))
     with pytest.raises(AssertionError):
         agree(one, other, "other policies")
