@@ -15,6 +15,7 @@ With arguments: pytest alone, with those arguments; paths are seen from the chec
     ./launch/test.sh -m gpu        tests that need a CUDA device
     ./launch/test.sh -m s3real     tests that need a real S3 server
     ./launch/test.sh -m bench      measurements; they print times and assert none
+    ./launch/test.sh -m peers      objectives against other projects' published losses (README says what to install)
 
 The first run makes .venv and installs the locked set for this machine, with or without a GPU; later runs reuse it.
 PYTHON chooses the interpreter (3.11 to 3.13); DISTFT_DEVICE=cpu or gpu overrides what nvidia-smi says; PIP_FIND_LINKS
