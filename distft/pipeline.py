@@ -221,7 +221,8 @@ class Pipeline:
         reads: dict[str, Callable[[], object]] = {"model": lambda: self.model.weight_files()}
         if teacher is not None:
             reads["teacher"] = lambda: resolve_model(teacher, self.run.teacher.revision).weight_files()
-        reads["score.tensor_parallel"] = lambda: self.teacher.check_shared_by(self.run.score.tensor_parallel)
+        if self.run.score.tensor_parallel > 1:
+            reads["score.tensor_parallel"] = lambda: self.teacher.check_shared_by(self.run.score.tensor_parallel)
         reads |= {
             f"data.{name}": partial(lambda source: next(rows(source)), source)
             for name, source in (("train", data.train), ("heldout", data.heldout))

@@ -16,8 +16,8 @@ from tests.helpers.runs import Bench, Done, files
 # Where a process waits to be shot: a module, a class or "", a function of it, and which of its calls.
 PLACES = {
     "tokenize": ("distft.corpus.workers", "_Encoder", "__call__", 2),
-    "score": ("distft.teacher.scorer", "", "_commit_part", 3),
-    "score, behind the data": ("distft.teacher.scorer", "", "commit", 3),
+    "score": ("distft.teacher.part", "PartWriter", "commit", 3),
+    "score, behind the data": ("distft.teacher.part", "", "commit", 3),
     "train": ("distft.engine.local", "LocalEngine", "train_step", 3),
     "log": ("distft.train.loop", "MetricsLog", "add", 4),
     "checkpoint": ("distft.train.checkpoint", "", "commit", 2),

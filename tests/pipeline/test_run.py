@@ -44,8 +44,10 @@ def kinds(names: list[str]) -> set[str]:
     return {re.sub(r"[0-9a-f]{16,32}|(?<=-)[0-9]{5,8}", "*", name) for name in names}
 
 
-@pytest.mark.parametrize("where", ["local", "s3"])
-def test_everything_once(bench: Bench, where: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("where", "s3_server"), [("local", "moto"), ("s3", "moto")], indirect=["s3_server"])
+def test_everything_once(
+    bench: Bench, where: str, s3_server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = str(bench.store) if where == "local" else request.getfixturevalue("s3_url")
     bench.write(bench.config() | {"store": url})
     told = bench.run("run").json

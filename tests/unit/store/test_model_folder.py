@@ -269,3 +269,16 @@ def test_neither_a_folder_nor_on_the_hub(tmp_path: Path) -> None:
     assert len(lines) == 5, done.stderr
     assert all("is neither a folder nor reachable on the hub" in line for line in lines[:4])
     assert lines[4] == "False False"
+
+
+@pytest.mark.parametrize(
+    ("heads", "keys", "ranks", "holds"), [(9, 3, 3, True), (9, 3, 1, True), (9, 3, 4, False), (8, 2, 4, False)]
+)
+def test_heads_are_shared_whole_or_not_at_all(tmp_path: Path, heads: int, keys: int, ranks: int, holds: bool) -> None:
+    folder = ModelFolder(tmp_path, {"num_attention_heads": heads, "num_key_value_heads": keys})
+    if holds:
+        folder.check_shared_by(ranks)
+        return
+    with pytest.raises(ModelError, match=f"among {ranks} ranks: it has {heads}, with {keys}") as caught:
+        folder.check_shared_by(ranks)
+    assert caught.value.help == f"Set score.tensor_parallel to one of 1, {keys}."
