@@ -153,6 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(100)
             self.end_headers()
+            self.wfile.flush()  # the body comes after it
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             blocks = []
             while size := int(self.rfile.readline().split(b";")[0], 16):
