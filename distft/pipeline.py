@@ -16,17 +16,7 @@ from distft import ranks
 from distft.config.schema import Run
 from distft.corpus.build import build_corpus, corpus_identity
 from distft.corpus.reader import Corpus
-from distft.corpus.sources import rows
-from distft.errors import (
-    ArtifactError,
-    ConfigError,
-    DataError,
-    MissingArtifactError,
-    ModelError,
-    StaleArtifactError,
-    StoreError,
-    UserInputError,
-)
+from distft.errors import ConfigError, MissingArtifactError, ModelError, StaleArtifactError, StoreError
 from distft.progress import say
 from distft.store.digest import memo_path
 from distft.store.location import Location, open_location
@@ -36,9 +26,7 @@ from distft.store.nearest import nearest
 from distft.store.vocabulary import compare_vocabularies
 
 if TYPE_CHECKING:
-    from distft.plan.tokens import TokenPlan
     from distft.teacher.build import MapUnits
-    from distft.teacher.calibrate import Calibration
 
 
 @dataclass(frozen=True)
@@ -125,119 +113,16 @@ class Pipeline:
     def plan(self, *, calibrate: bool = False, page: Path | None = None) -> dict[str, Any]:
         """What is there, what a run would take, and, once the teacher has scored, what the objective will do with the tokens. With
         `calibrate` the teacher reads a few documents here, and is measured; `page` is where tokens are to be seen in their text."""
-        from distft.plan.artifacts import survey
-        from distft.plan.estimate import estimate_run
-        from distft.plan.measured import TokenBytes, bytes_in_store, reading
-        from distft.train.order import StepPlan
-        from distft.train.schedule import check_warmup
+        from distft.plan.stage import plan_run
 
         self._check_inputs()
         corpus = self.corpus() if self.corpus_folder.exists("MANIFEST.json") else None
-        read = steps = trained = None
-        if corpus is not None:
-            lengths = corpus.lengths("train")
-            read, trained = reading(corpus, self.run.score.positions), int(lengths.sum())
-            steps = StepPlan(lengths, self.run.train).total_steps
-            check_warmup(self.run.train, steps)
-        teacher, identity = (self.teacher, self.teacher_identity) if self.run.needs_teacher else (None, None)
-        statuses = survey(
-            self.run, self.store, corpus_identity=self.corpus_identity, digests=read.digests if read else None,
-            teacher_identity=identity, run_identity=self.run_identity,
-        )  # fmt: skip
-        measured = self._calibrate(corpus) if calibrate else None
-        known = bytes_in_store(self.store, identity) if identity else None
-        if measured is not None:
-            known = TokenBytes(amount=measured.bytes_per_token, basis=f"measured on {measured.documents} documents")
-        estimate = estimate_run(self.run, self.model, teacher, reading=read, trained_tokens=trained, known=known)
-        tokens = self._tokens(corpus)
-        result: dict[str, Any] = {
-            "artifacts": [status.facts() for status in statuses],
-            "estimate": {**estimate.facts(), "steps": steps},
-            "config": self.run.model_dump(mode="json"),
-            "tokens": tokens.facts() if tokens else None,
-        }
-        if page is not None:
-            result["page"] = self._page(tokens, page)
-        if measured is not None:
-            result["calibration"] = measured.facts((read.tokens, read.scored_tokens) if read else None)
-        return result
-
-    def _tokens(self, corpus: Corpus | None) -> TokenPlan | None:
-        """What the objective does with the training documents that the teacher has scored; None while there are none."""
-        if corpus is None or not (self.run.needs_teacher or self.store.child("teacher").folders()):
-            return None
-        from distft.objectives.treatment import Signals
-        from distft.plan.tokens import MOST_BYTES, MOST_DOCUMENTS, MOST_TOKENS, Seen, plan_tokens
-        from distft.teacher.glimpse import glimpse
-
-        try:
-            found = glimpse(
-                self.store.child("teacher", self.teacher_id), corpus, self.staging, positions=self.run.score.positions,
-                documents=MOST_DOCUMENTS, tokens=MOST_TOKENS, bytes=MOST_BYTES,
-            )  # fmt: skip
-        except ArtifactError as error:
-            say(f"plan: what the objective will do is left out: {error}")  # a plan says what it can; `train` refuses the damage
-            return None
-        seen = [
-            Seen(document=document, entries=scores.counts,
-                 signals=Signals(label_logprob=scores.label_logprob, entropy=scores.entropy, rank=scores.rank))
-            for document, scores in found.documents
-        ]  # fmt: skip
-        if not seen:
-            return None
-        return plan_tokens(self.run, seen, held=found.held, rows=found.rows, vocabulary=self.model.vocabulary_rows())
-
-    def _page(self, tokens: TokenPlan | None, page: Path) -> str:
-        from distft.plan.token_page import write_token_page
-
-        if tokens is None:
-            raise MissingArtifactError(
-                "There is no page to write: the teacher has scored no training document.", where="--page",
-                help="Run `distft tokenize` and `distft score` with this config; with score.limit=100 it is a trial.",
-            )  # fmt: skip
-        return write_token_page(self.run, tokens, self.model, page, store=self.store)
-
-    def _calibrate(self, corpus: Corpus | None) -> Calibration:
-        if not self.run.needs_teacher:
-            raise ConfigError("There is nothing to calibrate: neither objective nor drift meter reads a teacher.", where="--calibrate",
-                              help="Plan without --calibrate, or give an objective or data.heldout that needs one.")  # fmt: skip
-        from distft.teacher.calibrate import calibrate
-
-        return calibrate(self.run, self.model, self.teacher, corpus)
+        return plan_run(self, corpus, calibrate=calibrate, page=page)
 
     def _check_inputs(self) -> None:
-        """Looks at all that a run reads, before anything is spent: models, the first row of each source, every task. One problem is
-        told as it is, several in one error."""
-        from distft.evaluate.tasks import look_at
+        from distft.plan.inputs import check_inputs
 
-        def look(read: Callable[[], object]) -> UserInputError | None:
-            try:
-                read()
-            except (DataError, ModelError) as error:
-                return error
-            return None
-
-        data, teacher = self.run.data, self.run.teacher.path
-        reads: dict[str, Callable[[], object]] = {"model": lambda: self.model.weight_files()}
-        if teacher is not None:
-            reads["teacher"] = lambda: resolve_model(teacher, self.run.teacher.revision).weight_files()
-        if self.run.score.tensor_parallel > 1:
-            reads["score.tensor_parallel"] = lambda: self.teacher.check_shared_by(self.run.score.tensor_parallel)
-        reads |= {
-            f"data.{name}": partial(lambda source: next(rows(source)), source)
-            for name, source in (("train", data.train), ("heldout", data.heldout))
-            if source is not None
-        }
-        reads |= {f"task {task.name}": partial(look_at, task) for task in self.run.evaluate.tasks}
-        found = {name: error for name, read in reads.items() if (error := look(read))}
-        if len(found) == 1:
-            raise next(iter(found.values()))
-        if found:
-            told = [f"  {name}: {error.problem}" + (f" ({error.where})" if error.where else "") for name, error in found.items()]
-            raise UserInputError(
-                "\n".join([f"{len(found)} inputs cannot be used:", *told]), where="the run file",
-                help=f"Correct each; nothing was done. Paths are seen from {Path.cwd()}.",
-            )  # fmt: skip
+        check_inputs(self.run, model=lambda: self.model, teacher=lambda: self.teacher)
 
     def _writing_to(self, folder: Location) -> None:
         """Says at once when nothing can be written, and clears away what killed writers left in this folder days ago."""

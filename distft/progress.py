@@ -6,6 +6,7 @@ One call, `track`, serves every stage. Nothing here writes to stdout, which belo
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Protocol
 from distft import ranks
 
 PLAIN_EVERY_SECONDS = 10.0
+WAITING_SECONDS = 2.0
 
 
 class Meter(Protocol):
@@ -45,6 +47,24 @@ def track(label: str, total: float | None, unit: str, *, done: float = 0.0) -> I
         meter = _PlainMeter(label, total, unit, done)
         yield meter
         meter.finish()
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Says what is going on while nothing can be counted: a turning sign on a terminal, a line elsewhere once it takes a while."""
+    if sys.stderr.isatty() and ranks.rank() == 0:
+        from rich.console import Console
+
+        with Console(stderr=True).status(what):
+            yield
+        return
+    line = threading.Timer(WAITING_SECONDS, say, (f"{what} ...",))
+    line.daemon = True
+    line.start()
+    try:
+        yield
+    finally:
+        line.cancel()
 
 
 class _PlainMeter:

@@ -12,8 +12,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -26,20 +24,15 @@ from distft.config.schema import Run
 from distft.errors import ConfigError, StoreError
 from distft.objectives.catalog import Stm
 from distft.plan.show import TREATMENT_WORDS, percent, sample_text
-from distft.plan.token_text import TokenTexts, coded, visible
+from distft.plan.tau_curve import tau_curve
+from distft.plan.token_documents import STEPS, Shown, chosen_documents, document_html
+from distft.plan.token_text import TokenTexts, coded
 from distft.plan.tokens import BOTH, HELD, LEARNED, LIKELY, QUADRANTS, TAUS, TREATMENTS, Applied, TokenPlan
 from distft.store.location import Location
 from distft.store.model_folder import ModelFolder
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-PAGE_DOCUMENTS = 20
-PAGE_TOKENS = 20_000
-"""Supervised tokens on the page, which keep it below 3 MB; longer documents are cut."""
-PROMPT_EDGE, PROMPT_TOKENS = 80, 1_500
-"""A prompt shows so many tokens at both ends where it is longer; and a document so many outside its answers."""
-STEPS = 4
-"""Shades of a treatment, by weight."""
 SIGNS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"
 """Two of them name a row of an objective's palette of weights."""
 
@@ -91,7 +84,7 @@ def token_page(run: Run, plan: TokenPlan, texts: TokenTexts) -> str:
         version=__version__, title=f"What {plan.applied[0].name} will do with the tokens of {run.name}",
         subject=_subject(facts),
         objectives=[_objective(plan, one, found) for one, found in zip(plan.applied, facts["objectives"], strict=True)],
-        likely=f"{LIKELY:g}", curve=_curve(plan, tau),
+        likely=f"{LIKELY:g}", curve=tau_curve(plan, tau),
         sweep=[
             {"tau": f"{one['tau']:g}", "tokens": percent(one["tokens"]), "ce": percent(one["ce"]), "on": one["tau"] == tau}
             for one in plan.sweep(sorted({*TAUS, *([tau] if tau else [])}))
@@ -99,43 +92,6 @@ def token_page(run: Run, plan: TokenPlan, texts: TokenTexts) -> str:
         reading=_reading(plan, shown, cut), documents=documents, begins=", where training starts" if plan.own_teacher else "",
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"), script=script, script_hash=_script_hash(script),
     )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A document on the page: tokens `start` to `stop` of the plan's arrays, which may leave out its end."""
-
-    number: int
-    why: str
-    start: int
-    stop: int
-
-
-def chosen_documents(plan: TokenPlan, documents: int = PAGE_DOCUMENTS, tokens: int = PAGE_TOKENS) -> list[Shown]:
-    """An even spread for one half, and for the other the documents of which most cross-entropy is not learned; in the corpus's order.
-    Where the run's objective learns every token, most cross-entropy of all."""
-    one = plan.applied[0]
-    idle = ~np.isin(one.codes, (LEARNED, BOTH))
-    lost = np.where(idle if idle.any() else True, plan.ce, 0.0)
-    per_document = np.add.reduceat(np.append(lost, 0.0), plan.starts[:-1]) if len(plan.seen) else np.zeros(0)
-    per_document[np.diff(plan.starts) == 0] = 0.0
-    first: dict[str, int] = {}
-    for number, seen in enumerate(plan.seen):
-        first.setdefault(seen.document.digest, number)
-    unique = list(first.values())
-    even = unique if len(unique) <= documents else [unique[(2 * n + 1) * len(unique) // documents] for n in range(documents // 2)]
-    reason = f"most CE that {one.name} does not learn" if idle.any() else "most CE"
-    why = dict.fromkeys(even, "evenly spread" if len(unique) > documents else "")
-    for number in sorted(unique, key=lambda number: -per_document[number]):
-        if len(why) >= min(documents, len(unique)):
-            break
-        why.setdefault(number, reason)
-    lengths = {number: int(plan.starts[number + 1] - plan.starts[number]) for number in sorted(why)}
-    kept, left = {}, tokens
-    for place, (number, length) in enumerate(sorted(lengths.items(), key=lambda item: item[1])):
-        kept[number] = min(length, left // (len(lengths) - place))  # what short ones leave, long ones get
-        left -= kept[number]
-    return [Shown(n, why[n], int(plan.starts[n]), int(plan.starts[n]) + kept[n]) for n in lengths]
 
 
 def _subject(facts: dict[str, Any]) -> str:
@@ -243,43 +199,6 @@ def _document(plan: TokenPlan, one: Shown, marks: npt.NDArray[np.int64], texts: 
     }  # fmt: skip
 
 
-def document_html(plan: TokenPlan, one: Shown, marks: npt.NDArray[np.int64], texts: TokenTexts) -> str:
-    """The document's text: an element per supervised token, in the arrays' order; the rest as plain text, long runs shortened."""
-    document = plan.seen[one.number].document
-    supervised = np.flatnonzero(document.supervised)[: one.stop - one.start]
-    whole = one.stop == plan.starts[one.number + 1]
-    end = len(document) if whole else int(supervised[-1]) + 1 if len(supervised) else 0
-    ids = document.tokens[:end].tolist()
-    pieces = texts.pieces(ids)
-    out: list[str] = []
-    place, plain_left = 0, PROMPT_TOKENS
-    for at, position in enumerate([*supervised.tolist(), end]):
-        if position > place:
-            run = list(zip(ids[place:position], pieces[place:position], strict=True))
-            edge = max(10, min(PROMPT_EDGE, plain_left // 2))
-            plain_left = max(0, plain_left - min(len(run), 2 * edge))
-            out.append(f'<span class="prompt">{_plain(run, edge, texts)}</span>')
-        if position < end:
-            code = int(marks[one.start + at])
-            name, shade = TREATMENTS[code // STEPS], code % STEPS
-            given = f'"{name} s{shade}"' if shade else name
-            out.append(f"<i class={given}>{_token(ids[position], pieces[position], texts)}</i>")
-        place = position + 1
-    return "".join(out) + ("" if whole else " <em>… the rest is not shown</em>")
-
-
-def _plain(run: Sequence[tuple[int, str]], edge: int, texts: TokenTexts) -> str:
-    parts = [_token(number, piece, texts, alone=False) for number, piece in run]
-    if len(parts) > 2 * edge + 20:
-        parts[edge:-edge] = [f" <em>… {len(parts) - 2 * edge:,} tokens …</em> "]
-    return "".join(parts)
-
-
-def _token(number: int, piece: str, texts: TokenTexts, *, alone: bool = True) -> str:
-    text = visible(piece, alone=alone)
-    return f"<u>{text}</u>" if number in texts.special and piece.strip() else text
-
-
 def _data(
     plan: TokenPlan, facts: dict[str, Any], shown: Sequence[Shown], marks: Sequence[npt.NDArray[np.int64]]
 ) -> dict[str, Any]:
@@ -329,41 +248,3 @@ def _thousandths(values: npt.NDArray[Any]) -> list[int]:
 
 def _script_hash(script: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
-
-
-def _curve(plan: TokenPlan, tau: float | None) -> str:
-    """What is masked against tau, as a picture."""
-    left, right, top, bottom, width, height = 40.0, 14.0, 12.0, 40.0, 440.0, 250.0
-    low, high = math.log(1.05), math.log(3000)
-
-    def x(value: float) -> float:
-        return left + (math.log(value) - low) / (high - low) * (width - left - right)
-
-    def y(share: float) -> float:
-        return height - bottom - share * (height - top - bottom)
-
-    parts = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(f'<line class="grid-line" x1="{left}" x2="{width - right}" y1="{y(share):.1f}" y2="{y(share):.1f}"/>')
-        parts.append(f'<text x="{left - 7}" y="{y(share) + 4:.1f}" text-anchor="end">{100 * share:.0f} %</text>')
-    for value in TAUS:
-        parts.append(f'<line class="axis" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{y(0):.1f}" y2="{y(0) + 4:.1f}"/>')
-        parts.append(f'<text x="{x(value):.1f}" y="{y(0) + 17:.1f}" text-anchor="middle">{value:g}</text>')
-    parts.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{y(0):.1f}" y2="{y(0):.1f}"/>')
-    parts.append(
-        f'<text x="{(left + width - right) / 2:.1f}" y="{height - 4:.1f}" text-anchor="middle">'
-        "tau: the highest perplexity that is learned</text>"
-    )
-    if tau is not None and low <= math.log(tau) <= high:
-        parts.append(f'<line class="at" x1="{x(tau):.1f}" x2="{x(tau):.1f}" y1="{y(1):.1f}" y2="{y(0):.1f}"/>')
-        parts.append(f'<text class="at-name" x="{x(tau) + 5:.1f}" y="{y(0) - 6:.1f}">this run</text>')
-    fine = plan.sweep([math.exp(low + (high - low) * n / 90) for n in range(91)])
-    marked = plan.sweep(TAUS)
-    for unit, name, near in (("ce", "cross-entropy masked", 25.0), ("tokens", "tokens masked", 10.0)):
-        points = "L".join(f"{x(one['tau']):.1f} {y(one[unit]):.1f}" for one in fine)
-        parts.append(f'<path class="line {unit}" d="M{points}"/>')
-        parts += [f'<circle class="dot {unit}" cx="{x(one["tau"]):.1f}" cy="{y(one[unit]):.1f}" r="3"/>' for one in marked]
-        at = plan.sweep([near])[0][unit]
-        parts.append(f'<text class="name {unit}" x="{x(near) + 8:.1f}" y="{y(at) - 8:.1f}">{name}</text>')
-    told = "; ".join(f"tau {one['tau']:g}: {percent(one['tokens'])} of tokens, {percent(one['ce'])} of CE" for one in marked)
-    return f'<svg class="plot" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(told)}">{"".join(parts)}</svg>'

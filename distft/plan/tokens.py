@@ -21,7 +21,7 @@ import numpy.typing as npt
 from distft.config.schema import NoDistribution, Run, Sample
 from distft.corpus.reader import Document
 from distft.objectives.catalog import Eaft, Eksft, Objective, Stm, Talr
-from distft.objectives.treatment import LiveSignals, ObjectiveRule, Signals, Treatment
+from distft.objectives.treatment import LiveSignals, ObjectiveRule, Signals, Treatment, follows
 
 TREATMENTS = ("learned", "both", "held", "entropy", "masked", "live")
 """In the order in which they are told. both: learned and held; entropy: an entropy bonus and nothing else; masked: no weight at all;
@@ -61,7 +61,8 @@ class Applied:
     codes: npt.NDArray[np.int8]
     """The treatment of each token, as a place in TREATMENTS."""
     weights: npt.NDArray[np.float32]
-    """ce, kl, rkl and entropy of each token, [4, tokens]; NaN where they are not known."""
+    """ce, kl, rkl and entropy of each token, [4, tokens]; NaN where they are not known. A collision is none at step 0, where nothing
+    has moved."""
     counts: npt.NDArray[np.float32]
     groups: npt.NDArray[np.uint8]
 
@@ -193,7 +194,12 @@ class TokenPlan:
 def plan_tokens(run: Run, seen: Sequence[Seen], *, held: int, rows: int, vocabulary: int) -> TokenPlan:
     """The run's objective, and every other of the catalog at its defaults that its cache can serve. `vocabulary` is the number of
     tokens that the student chooses among."""
-    given = [replace(one, signals=replace(one.signals, document=one.document.digest, vocabulary=vocabulary)) for one in seen]
+    given = [
+        replace(one, signals=replace(one.signals, document=one.document.digest, vocabulary=vocabulary,
+                                     anchors=one.document.anchors[one.document.supervised],
+                                     follows=follows(one.document.supervised)))
+        for one in seen
+    ]  # fmt: skip
     own_teacher = run.teacher.path is None
     rules, left_out = _catalog(run)
     applied = [_apply(rule, given, configured=n == 0, own_teacher=own_teacher) for n, rule in enumerate(rules)]
@@ -216,7 +222,7 @@ def at_step_0(rule: ObjectiveRule, signals: Signals, *, own_teacher: bool) -> Tr
 
 def codes(made: Treatment) -> npt.NDArray[np.int8]:
     """The treatment that each token's weights amount to."""
-    hold = made.kl + made.rkl
+    hold = made.kl + made.rkl + made.collision
     learned, held = (made.ce > 0) & (made.ce >= NEGLIGIBLE * hold), (hold > 0) & (hold >= NEGLIGIBLE * made.ce)
     return np.select(
         [learned & held, learned, held, made.entropy > 0], [BOTH, LEARNED, HELD, ENTROPY], default=MASKED
@@ -237,9 +243,12 @@ def notes(one: Applied, *, own_teacher: bool) -> list[str]:
     if isinstance(rule, Eaft) and own_teacher:
         found.append("The entropy of its 20 likeliest tokens is taken to be that of all, at most ln 20.")
     if isinstance(rule, Eksft) and own_teacher and rule.lambda_kl > 0:
-        found.append(
-            "No token has moved at step 0, so it holds none yet; later it will hold, and not learn, up to rho of each document."
+        later = (
+            "hold, and not learn, up to rho of each document"
+            if rule.variant == "paper"
+            else "hold up to rho of each document, and not learn the tokens before those"
         )
+        found.append(f"No token has moved at step 0, so it holds none yet; later it will {later}.")
     if rule.prompt_kl > 0:
         found.append("It holds the prompts, too; shares are of supervised tokens alone.")
     return found

@@ -16,11 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from distft.errors import MissingArtifactError, StoreError
+from distft.progress import track
 from distft.store.local import exclusively
 
 YOUNG_SECONDS = 2.0
 """A file touched this recently may change again without its times changing, so its digest is not kept (git does the same)."""
 MEMO_ENTRIES = 20_000
+SHOWN_FROM_BYTES = 1 << 30
+"""Reading so much takes a few seconds."""
 
 _DOCUMENT_TAG = b"distft document v1\0"
 _known: dict[str, str] = {}
@@ -54,6 +57,7 @@ def files_sha256(paths: Iterable[Path]) -> dict[Path, str]:
     wanted = list(dict.fromkeys(paths))
     _recall()
     learnt: dict[str, str] = {}
+    unread = sum(size for path in wanted if (size := _unread(path)))
 
     def digest(path: Path) -> str:
         try:
@@ -70,14 +74,24 @@ def files_sha256(paths: Iterable[Path]) -> dict[Path, str]:
             raise StoreError(f"{path} changed while it was read", where=str(path), help="Wait until its writer is done.")
         if time.time() - changed >= YOUNG_SECONDS:
             learnt[key] = value
+        if meter is not None:
+            meter.advance(path.stat().st_size)
         return value
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    shown = track("checking files", unread, "bytes") if unread >= SHOWN_FROM_BYTES else contextlib.nullcontext()
+    with shown as meter, ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = dict(zip(wanted, pool.map(digest, wanted), strict=True))
     if learnt:
         _known.update(learnt)
         _write_memo(learnt)
     return digests
+
+
+def _unread(path: Path) -> int:
+    """Bytes that have to be read for this file's digest."""
+    with contextlib.suppress(OSError):  # whoever reads it says what is wrong
+        return 0 if _key(path)[0] in _known else path.stat().st_size
+    return 0
 
 
 def _key(path: Path) -> tuple[str, float]:

@@ -1,8 +1,7 @@
 """A store on a local or mounted disk.
 
-A file is written under a `.partial-` name beside its final one, fsynced, and given its name by `link`, which fails where the
-name is taken; then the folder is fsynced. All writing goes through `os.*` calls, so that the fault tests can die at each of
-them.
+A file is written under a `.partial-` name beside its final one, fsynced, and given its name by `link`, which fails where the name is
+taken; then the folder is fsynced. All writing goes through `os.*` calls, so that the fault tests can die at each of them.
 """
 
 from __future__ import annotations
@@ -253,27 +252,29 @@ def sync_folder(folder: Path) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """A durable copy under a name that must be free; nothing is left behind when it fails."""
-    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with new_file(target) as descriptor, source.open("rb") as file:
+        while block := file.read(COPY_BYTES):
+            write_all(descriptor, block)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[int]:
+    """The descriptor of a file under a name that must be free. It is durable once the block ends; one that fails leaves nothing."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the user's umask decides who else may read
     try:
-        with source.open("rb") as file:
-            while block := file.read(COPY_BYTES):
-                write_all(descriptor, block)
+        yield descriptor
         os.fsync(descriptor)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(target)
+            os.unlink(path)
         raise
     finally:
         os.close(descriptor)
 
 
 def _write_file(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the user's umask decides who else may read
-    try:
+    with new_file(path) as descriptor:
         write_all(descriptor, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _publish(source: Path, path: Path) -> bool:

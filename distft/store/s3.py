@@ -1,39 +1,29 @@
-"""A store on S3 or a server that speaks it.
-
-Requests go through s3fs with its own retries and botocore's off, so that there is one policy: every failure is first understood
-(`Trouble`), then the request is tried again, a bounded number of times, or the user is told.
-"""
+"""A store on S3 or a server that speaks it: each operation on files as requests, which go through one client (`s3_client`) and are
+tried again while that may help (`patience`)."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
-import random
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
 
 from distft.errors import CorruptArtifactError, DistftError, MissingArtifactError, StoreError
-from distft.progress import say
 from distft.store.location import PARTIAL, Location, check_name, is_partial
+from distft.store.patience import patiently
+from distft.store.s3_client import TRANSFERS, client, endpoint, server_time
 from distft.store.trouble import Trouble, WrongBytesError, understand
-
-if TYPE_CHECKING:
-    from s3fs import S3FileSystem
 
 T = TypeVar("T")
 
 PART_BYTES = 32 << 20
 MAX_PARTS = 10_000
-TRANSFERS = 4
 WRITER = "distft-writer"
 """The metadata key under which `create` signs a file."""
 
@@ -41,24 +31,8 @@ SCRATCH = "distft-scratch-"
 SCRATCH_SECONDS = 86_400.0
 """So long after the last write to it a scratch file is one that its writer, killed since, has left."""
 
-LONGEST_PAUSE = 30.0
-PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, *(LONGEST_PAUSE,) * 5)
-"""Seconds between tries, three minutes in all: a bucket that many processes meet slows them down for longer than a moment. A server
-that never answered this process gets the first three alone: a wrong address is told soon."""
-
-TOLD_AFTER = 15.0
-"""Seconds of waiting for one request after which the user is told, once."""
-SILENT_SECONDS = 60.0
-"""Between two such lines of a process, however many requests wait."""
-
-REREADS = 2
-"""Tries after the first of a request whose bytes were wrong, whatever else it suffers: on their way they are wrong once, in the store
-always."""
-
-_clients: dict[tuple[object, ...], S3FileSystem] = {}
-_lock = threading.Lock()
-_answered: set[str] = set()
-_waiting_told = float("-inf")
+_found: set[str] = set()
+"""Buckets that this process has seen to be there, each with its endpoint."""
 
 
 class S3Location(Location):
@@ -86,7 +60,7 @@ class S3Location(Location):
         head = self._head(name)
         if head is None:
             raise self._missing(name)
-        return max(0.0, _now(head) - head["LastModified"].timestamp())  # the server tells its time to the second
+        return max(0.0, server_time(head) - head["LastModified"].timestamp())  # the server tells its time to the second
 
     def read(self, name: str) -> bytes:
         return self._get(name)
@@ -159,11 +133,10 @@ class S3Location(Location):
             raise
 
     def download(self, name: str, path: Path) -> None:
-        from distft.store.local import explained, sync_file
+        from distft.store.local import explained, new_file
 
         size = self.size(name)
-        with explained("write", path):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with explained("write", path), new_file(path) as descriptor:
 
             def get_part(start: int) -> None:
                 data = self.read_range(name, start, min(PART_BYTES, size - start))
@@ -171,16 +144,8 @@ class S3Location(Location):
                 while written < len(data):
                     written += os.pwrite(descriptor, memoryview(data)[written:], start + written)
 
-            try:
-                with ThreadPoolExecutor(TRANSFERS) as pool:
-                    list(pool.map(get_part, range(0, size, PART_BYTES)))
-                sync_file(path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-                raise
-            finally:
-                os.close(descriptor)
+            with ThreadPoolExecutor(TRANSFERS) as pool:
+                list(pool.map(get_part, range(0, size, PART_BYTES)))
 
     def names(self, recursive: bool = False) -> list[str]:
         found = (page.get("Contents", ()) for page in self._pages("list_objects_v2", "" if recursive else "/"))
@@ -210,7 +175,7 @@ class S3Location(Location):
         swept: list[str] = []
         for page in self._pages("list_multipart_uploads", ""):
             for upload in page.get("Uploads", ()):
-                if max(0.0, _now(page) - upload["Initiated"].timestamp()) >= older_than_seconds:
+                if max(0.0, server_time(page) - upload["Initiated"].timestamp()) >= older_than_seconds:
                     name = upload["Key"].removeprefix(self._below)
                     with contextlib.suppress(MissingArtifactError):  # done by now, or swept by another
                         if not dry_run:
@@ -245,8 +210,8 @@ class S3Location(Location):
         return f"{self.url}/{name}" if name else self.url
 
     def _call(self, method: str, **request: Any) -> dict[str, Any]:
-        client: Any = _client()  # s3fs does not declare what its synchronous methods return
-        return client.call_s3(method, Bucket=self.bucket, **request)
+        fs: Any = client()  # s3fs does not declare what its synchronous methods return
+        return fs.call_s3(method, Bucket=self.bucket, **request)
 
     def _put(self, name: str, data: bytes, **request: Any) -> None:
         """One request; WrongBytesError where other bytes arrived. An ETag is most servers' MD5 of what they stored, and no promise:
@@ -270,18 +235,18 @@ class S3Location(Location):
 
     def _check_bucket(self) -> None:
         # The answer to HEAD of a key does not tell an absent file from an absent bucket, which would look like an empty store.
-        known = f"bucket {self.bucket} of {_endpoint()}"
-        if known not in _answered:
+        known = f"bucket {self.bucket} of {endpoint()}"
+        if known not in _found:
             try:
                 self._patiently(lambda: self._call("head_bucket"), "look at", "")
             except MissingArtifactError as error:
                 raise self._told(Trouble.NO_BUCKET, "look at", "") from error
-            _answered.add(known)
+            _found.add(known)
 
     def _get(self, name: str, **request: Any) -> bytes:
         from fsspec.asyn import sync
 
-        fs: Any = _client()
+        fs: Any = client()
 
         async def whole() -> bytes:
             reply = await fs._call_s3("get_object", Bucket=self.bucket, Key=self._key(name), **request)
@@ -312,32 +277,9 @@ class S3Location(Location):
                 request["ContinuationToken"] = page["NextContinuationToken"]
 
     def _patiently(self, attempt: Callable[[], T], verb: str, name: str) -> T:
-        """The result of a request, asked again, a bounded number of times, while the trouble may pass."""
-        tries, rereads, told, began = 0, 0, False, time.monotonic()
-        while True:
-            try:
-                result = attempt()
-            except DistftError:
-                raise  # told already, by a request inside the request
-            except Exception as error:
-                trouble = understand(error)
-                if trouble is Trouble.OTHER and not isinstance(error, OSError):
-                    raise  # not the store's doing: a bug keeps its traceback
-                known = trouble is Trouble.BUSY or _endpoint() in _answered  # who is busy is there
-                garbled = trouble is Trouble.GARBLED
-                spent, most = (rereads, REREADS) if garbled else (tries, len(PAUSES) if known else 3)
-                if not trouble.passing or spent >= most:
-                    raise self._told(trouble, verb, name, error) from error
-                why = trouble.explain(endpoint=_endpoint(), bucket=self.bucket, error=error)[0]
-            else:
-                _answered.add(_endpoint())
-                return result
-            pause = min(LONGEST_PAUSE, PAUSES[spent] * random.uniform(0.5, 1.5))
-            if not told and time.monotonic() + pause - began >= TOLD_AFTER:
-                told = True
-                _say_waiting(why)
-            time.sleep(pause)
-            tries, rereads = tries + (not garbled), rereads + garbled
+        return patiently(
+            attempt, endpoint=endpoint(), bucket=self.bucket, tell=lambda trouble, error: self._told(trouble, verb, name, error)
+        )
 
     def _missing(self, name: str) -> MissingArtifactError:
         return MissingArtifactError(f"no file {self._of(name)}", where=self.url)
@@ -345,19 +287,9 @@ class S3Location(Location):
     def _told(self, trouble: Trouble, verb: str, name: str, error: Exception | None = None) -> DistftError:
         if trouble is Trouble.ABSENT and verb not in ("write", "list"):
             return self._missing(name)
-        kind = CorruptArtifactError if trouble is Trouble.GARBLED else StoreError
-        what, help = trouble.explain(endpoint=_endpoint(), bucket=self.bucket, error=error)
+        kind = CorruptArtifactError if trouble in (Trouble.GARBLED, Trouble.BEYOND) else StoreError
+        what, help = trouble.explain(endpoint=endpoint(), bucket=self.bucket, error=error)
         return kind(f"cannot {verb} {self._of(name)}: {what}", where=self.url, help=help)
-
-
-def _say_waiting(why: str) -> None:
-    global _waiting_told
-    with _lock:
-        now = time.monotonic()
-        due = now - _waiting_told >= SILENT_SECONDS
-        _waiting_told = now if due else _waiting_told
-    if due:
-        say(f"Waiting for the store: {why}. Tries go on for about {sum(PAUSES) / 60:.0f} minutes.")
 
 
 def _clean(folder: Path) -> None:
@@ -367,45 +299,3 @@ def _clean(folder: Path) -> None:
             with contextlib.suppress(OSError):  # another user's, or gone
                 if time.time() - path.stat().st_mtime >= SCRATCH_SECONDS:
                     path.unlink()
-
-
-def _now(reply: dict[str, Any]) -> float:
-    """The server's clock: this machine's may be hours off, and a cleaner would take what is being written for old."""
-    told = reply.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
-    try:
-        return parsedate_to_datetime(told).timestamp()
-    except ValueError:
-        return time.time()
-
-
-def _endpoint() -> str:
-    """Whom requests go to, as host and port: an address in the environment might hold a password."""
-    address = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
-    try:
-        port = f":{address.port}" if address.port else ""
-    except ValueError:
-        port = ""
-    return f"{address.hostname}{port}" if address.hostname else "AWS"
-
-
-def _client() -> S3FileSystem:
-    """This process's filesystem, made on first use: neither its event loop nor its connections survive a fork."""
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-        if "@" in urlsplit(os.environ.get(name, "")).netloc:
-            help = "Give the keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and the address alone here."
-            raise StoreError(f"{name} holds a user or a password, which S3 does not use", where=name, help=help)
-    settings = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
-    with _lock:
-        key = (os.getpid(), settings)
-        if key not in _clients:
-            from s3fs import S3FileSystem
-
-            fs = S3FileSystem(
-                anon=False,
-                use_listings_cache=False,
-                skip_instance_cache=True,
-                config_kwargs={"retries": {"total_max_attempts": 1}, "read_timeout": 60, "max_pool_connections": 4 * TRANSFERS},
-            )
-            fs.retries = 1
-            _clients[key] = fs
-        return _clients[key]

@@ -36,6 +36,8 @@ class Trouble(Enum):
     NO_CREDENTIALS = auto()
     ELSEWHERE = auto()
     """The bucket is in another region."""
+    BEYOND = auto()
+    """416: the object ends before what was asked of it."""
     FULL = auto()
     SETTINGS = auto()
     """botocore refuses what the environment or its config file says."""
@@ -78,6 +80,7 @@ class Trouble(Enum):
                 "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run where an instance role is attached.",
             ),
             Trouble.ELSEWHERE: (f"bucket {bucket!r} is in another region ({said})", "Set AWS_DEFAULT_REGION to its region."),
+            Trouble.BEYOND: (f"it ends before what is looked for ({said})", "Restore the file from a copy, or make it again."),
             Trouble.FULL: (
                 f"no space left on {endpoint} ({said})",
                 "Free some space there, or use another.",
@@ -161,7 +164,10 @@ def _of_reply(status: int, code: str) -> Trouble:
         return Trouble.BUSY
     if code == "NoSuchBucket":
         return Trouble.NO_BUCKET
-    by_status = {401: Trouble.REFUSED, 403: Trouble.DENIED, 404: Trouble.ABSENT, 409: Trouble.CONFLICT, 412: Trouble.TAKEN}
+    by_status = {
+        401: Trouble.REFUSED, 403: Trouble.DENIED, 404: Trouble.ABSENT, 409: Trouble.CONFLICT, 412: Trouble.TAKEN,
+        416: Trouble.BEYOND,
+    }  # fmt: skip
     return by_status.get(status, Trouble.OTHER)
 
 

@@ -12,23 +12,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from pydantic import TypeAdapter
 
 from distft.objectives.catalog import Objective
-from distft.objectives.distributions import LogitShape
 from distft.objectives.loss import measure, token_loss
 from distft.objectives.treatment import ObjectiveRule, Signals, treatment
 from distft.teacher.scores import Scores
 from distft.train.live import LiveTreatment
 from distft.train.targets import Treated, micro_batch
+from tests.bench.head import VOCABULARY, WIDTH, head
 from tests.bench.ratios import HEADER, compare
 from tests.helpers.stores import document
 
-VOCABULARY, WIDTH = 49_152, 576
 DOCUMENTS, LENGTH, KEPT = 8, 128, 8
 TOKENS = DOCUMENTS * LENGTH
-"""SmolLM2's head, and what the default floor leaves of a real teacher."""
+"""KEPT: what the default floor leaves of a real teacher."""
 ROUNDS = 3
 """A round is some seconds."""
 
@@ -61,11 +59,7 @@ def batch_of(rule: ObjectiveRule) -> Any:
 
 @pytest.mark.bench
 def test_what_it_costs_to_look_at_the_student() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    hidden = torch.randn(TOKENS, WIDTH).requires_grad_()
-    weight = (torch.randn(VOCABULARY, WIDTH) * 0.05).requires_grad_()
-    shape = LogitShape(rows=VOCABULARY)
+    hidden, weight, shape = head(TOKENS)
 
     selecting: list[float] = []
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from distft.objectives.distributions import LogitShape, SparseRows
+from distft.objectives.distributions import SparseRows
 from distft.objectives.loss import Targets, token_loss
+from tests.bench.head import VOCABULARY, WIDTH, head
 from tests.bench.ratios import HEADER, compare
 
-VOCABULARY, WIDTH, TOKENS = 49_152, 576, 512
+TOKENS = 512
 KEPT = (8, 64)
 """Mean kept entries per token: what the default floor leaves of a real teacher, and the classical top-64."""
 
@@ -38,11 +39,7 @@ def targets(teacher: SparseRows | None) -> Targets:
 
 @pytest.mark.bench
 def test_what_a_cached_divergence_costs_at_the_head() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    hidden = torch.randn(TOKENS, WIDTH).requires_grad_()
-    weight = (torch.randn(VOCABULARY, WIDTH) * 0.05).requires_grad_()
-    shape = LogitShape(rows=VOCABULARY)
+    hidden, weight, shape = head(TOKENS)
 
     def step(wanted: Targets) -> None:
         loss, _ = token_loss(hidden, weight, None, wanted, shape=shape)

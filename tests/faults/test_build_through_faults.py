@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ from uuid import uuid4
 import pytest
 
 from distft.corpus.reader import Corpus
-from distft.store import s3
+from distft.store import patience, s3
 from distft.store.location import Location, open_location
 from distft.teacher import staging
 from tests.helpers.caches import only_cache
 from tests.helpers.contents import Contents, contents, nothing_left_over
-from tests.helpers.proxy import Proxy, Weather, proxied
+from tests.helpers.proxy import Proxy, Weather
 from tests.helpers.runs import Bench, Done, distft
-from tests.helpers.s3 import BUCKET, s3_environment, set_s3_environment
+from tests.helpers.s3 import BUCKET
 
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))]
 
@@ -40,14 +39,6 @@ def undisturbed(_finished: Bench, tmp_path_factory: pytest.TempPathFactory) -> U
         losses = figures(_finished.run("train").json)
     cache = only_cache(open_location(str(_finished.store)))
     return Undisturbed(contents(cache, tmp_path_factory.mktemp("staging")), 30, losses)
-
-
-@pytest.fixture
-def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setattr(s3, "PAUSES", (0.001,) * len(s3.PAUSES))
-    with proxied(s3_server) as proxy:
-        set_s3_environment(monkeypatch, s3_environment(proxy.endpoint))
-        yield proxy
 
 
 @pytest.fixture
@@ -164,7 +155,7 @@ def test_wrong_bytes_are_never_trained_on(
         proxy.weather = flips = Flips("GET", pattern)
         done = built.refused("train", "name=always", status=3, says=pattern.rpartition("/")[2])
         assert "remove the artifact's folder" in done.json["help"] or "restore the file" in done.json["help"]
-        assert 1 < flips.done <= 2 * (s3.REREADS + 1)
+        assert 1 < flips.done <= 2 * (patience.REREADS + 1)
     proxy.weather = None
     assert store_of(built).child("runs", "always", "checkpoints").names(recursive=True) == []
 
@@ -214,7 +205,7 @@ def test_what_never_arrives_right_is_not_believed(proxy: Proxy, far: Bench, patt
     assert done.status == 3, done.err
     assert "Traceback" not in done.err
     assert "wrong bytes arrive" in done.json["error"]
-    assert flips.done == s3.REREADS + 1
+    assert flips.done == patience.REREADS + 1
     proxy.weather = None
     far.refused("train", status=3, says="")
 

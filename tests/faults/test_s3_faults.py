@@ -5,28 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from distft.errors import CorruptArtifactError, StoreError
-from distft.store import s3
+from distft.store import patience, s3
 from distft.store.location import Location, open_location
 from distft.store.manifest import FileEntry, Manifest, commit, fetch, read_manifest, verify_files
-from tests.helpers.proxy import Fault, Proxy, Trouble, proxied
+from tests.helpers.proxy import Fault, Proxy, Trouble
 from tests.helpers.s3 import BUCKET, s3_environment, set_s3_environment
 
-REAL_PAUSES = s3.PAUSES
+REAL_PAUSES = patience.PAUSES
 PASSING: list[Fault] = ["503", "409", "drop_request", "lose_reply"]
-
-
-@pytest.fixture
-def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setattr(s3, "PAUSES", (0.001,) * len(s3.PAUSES))
-    with proxied(s3_server) as proxy:
-        set_s3_environment(monkeypatch, s3_environment(proxy.endpoint))
-        yield proxy
 
 
 @pytest.fixture
@@ -120,7 +112,7 @@ def test_tries_are_bounded(proxy: Proxy, store: Location) -> None:
     proxy.trouble = Trouble("PUT", "503", 1000)
     with pytest.raises(StoreError, match="keeps failing"):
         store.create("name", b"mine")
-    assert proxy.trouble.seen == len(s3.PAUSES) + 1
+    assert proxy.trouble.seen == len(patience.PAUSES) + 1
 
 
 class Clock:
@@ -142,9 +134,9 @@ def test_a_slow_bucket_is_waited_for_three_minutes_with_one_line(
     proxy: Proxy, store: Location, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(s3, "time", clock)
-    monkeypatch.setattr(s3, "PAUSES", REAL_PAUSES)
-    monkeypatch.setattr(s3, "_waiting_told", float("-inf"))
+    monkeypatch.setattr(patience, "time", clock)
+    monkeypatch.setattr(patience, "PAUSES", REAL_PAUSES)
+    monkeypatch.setattr(patience, "_waiting_told", float("-inf"))
     proxy.trouble = Trouble("PUT", "503", len(REAL_PAUSES))
     assert store.create("name", b"mine")
     assert 100 < sum(clock.slept) < 260
@@ -157,7 +149,7 @@ def test_a_slow_bucket_is_waited_for_three_minutes_with_one_line(
 
 def test_a_server_that_is_busy_from_the_first_request_on_is_waited_for(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for the last of many processes that start at once; three tries are for those that nobody answers."""
-    monkeypatch.setattr(s3, "_answered", set())
+    monkeypatch.setattr(patience, "_answered", set())
     proxy.trouble = Trouble("HEAD", "503", 5)
     assert not open_location(f"s3://{BUCKET}/{os.urandom(8).hex()}").exists("x")
     assert proxy.trouble.seen == 5
@@ -223,7 +215,7 @@ def test_bytes_that_the_servers_checksum_denies_are_asked_for_again(proxy: Proxy
     proxy.trouble = Trouble("GET", "flip", 99)
     with pytest.raises(CorruptArtifactError, match="wrong bytes arrive"):
         store.read("name")
-    assert proxy.trouble.seen == s3.REREADS + 1
+    assert proxy.trouble.seen == patience.REREADS + 1
 
 
 def test_bytes_that_arrive_wrong_are_sent_again(proxy: Proxy, store: Location, tmp_path: Path) -> None:
@@ -233,13 +225,13 @@ def test_bytes_that_arrive_wrong_are_sent_again(proxy: Proxy, store: Location, t
         "uploaded": lambda: store.upload("uploaded", tmp_path / "file"),
     }  # fmt: skip
     for name, write in writes.items():
-        proxy.trouble = Trouble("PUT", "flip_request", s3.REREADS)
+        proxy.trouble = Trouble("PUT", "flip_request", patience.REREADS)
         assert write() is not False, "the name was free: wrong bytes there are one's own"
         assert store.read(name) == b"mine"
         proxy.trouble = Trouble("PUT", "flip_request", 99)
         with pytest.raises(CorruptArtifactError, match="wrong bytes arrive"):
             store.replace("other", b"mine")
-        assert proxy.trouble.seen == s3.REREADS + 1
+        assert proxy.trouble.seen == patience.REREADS + 1
     proxy.trouble = None
     assert not store.create("created", b"other")
 
@@ -299,11 +291,10 @@ def test_no_credentials(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
     _told(open_location(f"s3://{BUCKET}/x"), "no credentials were found")
 
 
-def test_an_endpoint_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_is_not_there(no_pauses: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         set_s3_environment(monkeypatch, s3_environment(f"http://127.0.0.1:{unused.getsockname()[1]}"))
-        monkeypatch.setattr(s3, "PAUSES", (0.001,) * len(s3.PAUSES))
         _told(open_location(f"s3://{BUCKET}/x"), r"127\.0\.0\.1:\d+ cannot be reached")
 
 

@@ -1,17 +1,20 @@
-"""Teacher caches made on purpose: sound in every byte, and wrong, or twice there, in what their rows say."""
+"""Teacher caches made on purpose: half there; or sound in every byte, and wrong, or twice there, in what their rows say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from distft.store.location import Location
 from distft.store.manifest import Manifest, commit, read_manifest
 from distft.store.shards import ShardWriter
+from distft.teacher import part as writing
 from distft.teacher.encode import SCHEMA, to_batch
 from distft.teacher.forward import Scores
 from distft.teacher.identity import documents_key, read_parts
@@ -25,6 +28,28 @@ def only_cache(store: Location) -> Location:
     """The folder of a store's one cache."""
     [name] = store.child("teacher").folders()
     return store.child("teacher", name)
+
+
+class Killed(BaseException):
+    """Stands for a process that is no more."""
+
+
+@contextmanager
+def killed_after(parts: int) -> Iterator[list[Manifest]]:
+    """Kills the build within, which must live so long, when it would commit one part more than these; yields those it committed."""
+    plain, committed = writing.commit, list[Manifest]()
+
+    def commit(folder: Location, manifest: Manifest, name: str) -> Manifest:
+        if manifest.kind == "teacher-part":
+            if len(committed) == parts:
+                raise Killed
+            committed.append(manifest)
+        return plain(folder, manifest, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "commit", commit)
+        with pytest.raises(Killed):
+            yield committed
 
 
 def rewrite(folder: Location, staging: Path, change: Change, *, every: bool = False) -> str:

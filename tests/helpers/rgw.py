@@ -10,14 +10,12 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
+
+from tests.helpers.serving import answers, free_ports
 
 BINARIES = ("ceph", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 PATIENCE = 120.0
@@ -67,7 +65,7 @@ def missing_binaries() -> list[str]:
 @contextlib.contextmanager
 def running_rgw(folder: Path, *, key: str, secret: str, bucket: str) -> Iterator[str]:
     """The endpoint of a gateway with one user and one bucket. Its processes end with the block."""
-    mon, rgw = _free_ports(2)
+    mon, rgw = free_ports(2)
     fsid, osd = str(uuid4()), str(uuid4())
     for name in ("mon", "osd"):
         (folder / name).mkdir()
@@ -112,26 +110,10 @@ def running_rgw(folder: Path, *, key: str, secret: str, bucket: str) -> Iterator
                 server.wait()
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
 def _await(servers: list[subprocess.Popen[bytes]], endpoint: str, folder: Path) -> None:
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until and all(server.poll() is None for server in servers):
-        try:
-            urllib.request.urlopen(endpoint, timeout=5).close()
-            return
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            time.sleep(0.1)
-    told = "\n".join(f"{path.name}: {path.read_text(errors='replace')[-2000:]}" for path in sorted(folder.glob("*.out")))
-    raise RuntimeError(f"the gateway did not start:\n{told}")
+    if not answers(endpoint, servers, within=PATIENCE):
+        told = "\n".join(f"{path.name}: {path.read_text(errors='replace')[-2000:]}" for path in sorted(folder.glob("*.out")))
+        raise RuntimeError(f"the gateway did not start:\n{told}")
 
 
 def _make_bucket(endpoint: str, key: str, secret: str, bucket: str) -> None:

@@ -119,7 +119,7 @@ def distft(*arguments: str) -> Done:
                 cli.main()
             except SystemExit as ended:
                 status = ended.code if isinstance(ended.code, int) else 1 if ended.code else 0
-            except Exception:
+            except Exception:  # a bug, which ends a process with a traceback and 1; a caller looks at both
                 traceback.print_exc()
                 status = 1
     finally:

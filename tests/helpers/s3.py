@@ -6,10 +6,8 @@ Moto's for every day; Ceph's gateway, which is a real one, for the lane `-m s3re
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ import pytest
 
 from distft.store.location import Location, open_location
 from tests.helpers.rgw import missing_binaries, running_rgw
+from tests.helpers.serving import answers, free_ports
 
 SERVERS = ["moto", pytest.param("rgw", marks=pytest.mark.s3real)]
 BUCKET = "distft-tests"
@@ -64,14 +63,13 @@ def _rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def _moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    [port] = free_ports(1)
     endpoint = f"http://127.0.0.1:{port}"
     log = (tmp_path_factory.mktemp("moto") / "log").open("wb")
     server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
     try:
-        _await(server, endpoint, Path(log.name))
+        if not answers(endpoint, [server], within=60):
+            raise RuntimeError(f"moto did not start:\n{Path(log.name).read_text()}")
         # Not fs.mkdir: with a region it sends a LocationConstraint, which us-east-1 refuses, here as on AWS.
         urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{BUCKET}", method="PUT")).close()
         yield endpoint
@@ -79,20 +77,6 @@ def _moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.kill()
         server.wait()
         log.close()
-
-
-def _await(server: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
-    for _ in range(600):
-        if server.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(endpoint, timeout=5).close()
-            return
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise RuntimeError(f"moto did not start:\n{log.read_text()}")
 
 
 @pytest.fixture

@@ -205,12 +205,15 @@ class Deaf(Dft):
         return treatment(len(signals), ce=0 * signals.student.label_logprob)
 
 
-@pytest.mark.parametrize("rule", [Blind(kind="eksft"), Deaf(kind="dft"), Talr(kind="talr")])
-@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize(
+    ("rule", "empty"),
+    [
+        (Blind(kind="eksft"), False), (Blind(kind="eksft"), True), (Deaf(kind="dft"), False), (Deaf(kind="dft"), True),
+        (Talr(kind="talr"), True),  # it masks nothing: where it trains nothing, nothing is there
+    ],
+)  # fmt: skip
 def test_a_batch_that_trains_nothing_runs_the_backbone_and_gives_zeros(rule: Any, empty: bool) -> None:
     """Masked by the student, or a rank without documents: every parameter has a gradient."""
-    if not empty and rule.kind == "talr":
-        pytest.skip("it masks nothing")
     model = loaded(shared_model())
     treated = [] if empty else [known(one) for one in random_documents(3, seed=7)]
     batch, group = micro_batch(treated, live=LiveTreatment.of(rule, treated))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,10 @@ import pytest
 import torch
 
 from distft.corpus.reader import Corpus
-from distft.store.digest import YOUNG_SECONDS
 from distft.store.location import open_location
-from distft.teacher import scorer
 from tests.helpers.caches import only_cache
 from tests.helpers.runs import Bench, Done, copy_bench, distft, files
+from tests.pipeline.test_reuse import scores_nothing
 from tests.unit.test_cli import HEAVY, spied
 
 WIDTH = 32
@@ -137,34 +134,13 @@ def test_whoever_looks_after_it_needs_no_torch(ready: Bench, tmp_path: Path) -> 
         assert loaded & HEAVY == set()
 
 
-def test_a_second_run_opens_no_weights_and_reads_nothing(exact: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_opens_no_weights_and_reads_nothing(exact: Bench) -> None:
     """Nor the copy of the head, which is as large as an embedding."""
 
-    def load(*_: object, **__: object) -> object:
-        raise AssertionError("the teacher was loaded")
+    def unread(path: str) -> bool:
+        return path.endswith((".safetensors", ".arrow")) and "corpus" not in path
 
-    monkeypatch.setattr(scorer, "load_model", load)
-    time.sleep(YOUNG_SECONDS)  # only then are digests of files that were just written remembered
-    opened: list[str] = []
-    active = True
-
-    def hear(event: str, arguments: tuple[object, ...]) -> None:
-        if (
-            active
-            and event == "open"
-            and str(arguments[0]).endswith((".safetensors", ".arrow"))
-            and "corpus" not in str(arguments[0])
-        ):
-            opened.append(str(arguments[0]))
-
-    exact.run("plan")  # digests of the model's files are known after this
-    sys.addaudithook(hear)
-    try:
-        told = exact.run("score", "train.seed=7", "score.tokens_per_batch=50").json
-    finally:
-        active = False
-    assert told["documents_scored"] == told["tokens_scored"] == 0
-    assert opened == []
+    scores_nothing(exact, "train.seed=7", "score.tokens_per_batch=50", unread=unread)
 
 
 def test_another_policy_is_another_cache(exact: Bench) -> None:

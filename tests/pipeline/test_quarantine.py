@@ -134,7 +134,7 @@ def short_of_memory(spare: int) -> None:
         limit = pages * resource.getpagesize() + spare
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
-    scorer.Scorer.__init__ = loading  # type: ignore[method-assign]
+    scorer.Scorer.__init__ = loading  # pyright: ignore[reportAttributeAccessIssue]  its process ends with it
 
 
 def test_a_document_that_memory_does_not_suffice_for(bench: Bench) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -36,26 +37,32 @@ def test_reuse_only_refuses_what_would_be_scored(bench: Bench) -> None:
     assert told["documents_scored"] == 1
 
 
-def test_a_second_run_opens_no_weights_of_the_teacher(finished: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither by Python, which an audit hook hears, nor by the loader, which opens files on its own."""
-
-    def load(*_: object, **__: object) -> object:
-        raise AssertionError("the teacher was loaded")
-
-    monkeypatch.setattr(scorer, "load_model", load)
-    time.sleep(YOUNG_SECONDS)  # only then are digests of files that were just copied remembered
+def scores_nothing(bench: Bench, *overrides: str, unread: Callable[[str], bool]) -> None:
+    """Another `score` with these overrides opens no such file: neither by Python, which an audit hook hears, nor by the loader, which
+    opens files on its own."""
     opened: list[str] = []
     active = True
 
     def hear(event: str, arguments: tuple[object, ...]) -> None:
-        if active and event == "open" and str(arguments[0]).endswith(".safetensors"):
+        if active and event == "open" and unread(str(arguments[0])):
             opened.append(str(arguments[0]))
 
-    finished.run("plan")  # digests of the model's files are known after this
-    sys.addaudithook(hear)
-    try:
-        told = finished.run("score", "train.seed=7", "train.tokens_per_step=333", "score.tokens_per_batch=50").json
-    finally:
-        active = False
+    def load(*_: object, **__: object) -> object:
+        raise AssertionError("the teacher was loaded")
+
+    time.sleep(YOUNG_SECONDS)  # only then are digests of files that were just written remembered
+    bench.run("plan")  # digests of the model's files are known after this
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorer, "load_model", load)
+        sys.addaudithook(hear)
+        try:
+            told = bench.run("score", *overrides).json
+        finally:
+            active = False  # the hook itself can never be taken off
     assert told["documents_scored"] == told["tokens_scored"] == 0
     assert opened == []
+
+
+def test_a_second_run_opens_no_weights_of_the_teacher(finished: Bench) -> None:
+    overrides = ("train.seed=7", "train.tokens_per_step=333", "score.tokens_per_batch=50")
+    scores_nothing(finished, *overrides, unread=lambda path: path.endswith(".safetensors"))

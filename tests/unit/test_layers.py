@@ -22,7 +22,8 @@ UNITS = {
     "teacher": "teacher", "teacher.identity": "identity", "teacher.reuse": "identity",
     "teacher.catalogue": "identity", "teacher.prune": "identity", "teacher.head_file": "identity",
     "teacher.tell": "identity", "train": "train", "train.identity": "identity", "train.record": "identity",
-    "evaluate": "evaluate", "export": "export", "plan": "plan", "report": "report", "annotate": "annotate",
+    "evaluate": "evaluate", "export": "export", "plan": "plan", "plan.stage": "plan stage", "plan.inputs": "plan stage",
+    "report": "report", "annotate": "annotate",
     "cluster": "cluster", "pipeline": "pipeline", "demo": "demo", "cli": "cli", "cache_cli": "cli", "console": "cli",
     "__main__": "cli",
 }  # fmt: skip
@@ -43,10 +44,11 @@ MAY_IMPORT = {
     "evaluate": CORE | {"teacher", "train"},
     "export": CORE | {"train"},
     "plan": STORE | {"corpus", "identity"},
+    "plan stage": STORE | {"corpus", "identity", "teacher", "train", "evaluate", "plan"},
     "report": STORE | {"corpus", "identity"},
     "annotate": STORE | {"corpus", "identity", "teacher"},
     "cluster": BASE | {"stopping"},
-    "pipeline": CORE | {"teacher", "train", "evaluate", "export", "plan", "report", "annotate", "cluster"},
+    "pipeline": CORE | {"teacher", "train", "evaluate", "export", "plan", "plan stage", "report", "annotate", "cluster"},
     "demo": CORE | {"evaluate", "report", "pipeline"},
     "cli": CORE | {"teacher", "plan", "report", "annotate", "cluster", "pipeline", "demo"},
 }  # fmt: skip
@@ -55,7 +57,7 @@ MAY_IMPORT = {
 HOMES = {
     "ray": ("cluster",),
     "deepspeed": ("engine.zero3",),
-    "s3fs": ("store.s3",),
+    "s3fs": ("store.s3_client",),
     "typer": ("cli", "cache_cli", "console"),
     "gguf": ("demo",),
 }
@@ -73,7 +75,7 @@ WITHOUT_TORCH = {
     "report",
     "cluster",
 }
-WITHOUT_TORCH_AT_THE_TOP = WITHOUT_TORCH | {"corpus", "pipeline", "cli", "demo"}
+WITHOUT_TORCH_AT_THE_TOP = WITHOUT_TORCH | {"corpus", "plan stage", "pipeline", "cli", "demo"}
 TORCH = {"torch", "transformers", "safetensors", "accelerate", "deepspeed"}
 
 
@@ -181,6 +183,8 @@ _TWINS = {"store": {"model folder"}, "model folder": {"store"}}
         ("corpus.fake", "from distft import cli", "corpus may not import cli"),
         ("plan.fake", "from distft.engine.load import load_model", "plan may not import engine"),
         ("plan.fake", "from distft.train import stage", "plan may not import train"),
+        ("plan.tokens", "def f():\n    from distft.plan.stage import plan_run", "plan may not import plan stage"),
+        ("plan.stage", "if TYPE_CHECKING:\n    from distft.pipeline import Pipeline", "plan stage may not import pipeline"),
         ("teacher.fake", "if TYPE_CHECKING:\n    from distft.train.loop import train", "teacher may not import train"),
         ("pipeline", "from distft.cli import app", "pipeline may not import cli"),
         ("train.fake", "def f():\n    import ray", "ray belongs in distft.cluster"),
@@ -188,6 +192,7 @@ _TWINS = {"store": {"model folder"}, "model folder": {"store"}}
         ("config.fake", "def f():\n    import torch", "rules must work without it"),
         ("objectives.catalog.fake", "import torch.nn", "must load without it"),
         ("corpus.fake", "from transformers import AutoTokenizer", "corpus must load without it"),
+        ("plan.stage", "import torch", "plan stage must load without it"),
         ("cli", "import torch", "cli must load without it"),
     ],
 )

@@ -334,12 +334,13 @@ def changed(config: Data, model: ModelFolder, before: dict[str, Any], **updates:
 
 
 def test_identity_ignores_names_places_and_workers(config: Data, model: ModelFolder, tmp_path: Path) -> None:
+    assert config.heldout is not None
     before = corpus_identity(config, model)
     shutil.move(tmp_path / "data", tmp_path / "moved")
     (tmp_path / "moved" / "train.jsonl").rename(tmp_path / "moved" / "renamed.jsonl")
     shutil.move(model.path, tmp_path / "other")
     moved = config.train.model_copy(update={"path": str(tmp_path / "moved" / "renamed.jsonl")})
-    held = config.heldout.model_copy(update={"path": str(tmp_path / "moved" / "heldout.jsonl")})  # type: ignore[union-attr]
+    held = config.heldout.model_copy(update={"path": str(tmp_path / "moved" / "heldout.jsonl")})
     model = replace(model, path=tmp_path / "other")
     assert changed(config, model, before, train=moved, heldout=held, workers="auto") == ""
     assert str(tmp_path) not in json.dumps(before)

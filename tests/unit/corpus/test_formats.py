@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distft.corpus.chat import Renderer
+from distft.corpus.chat import Encoded, Renderer
 from distft.errors import DataError, DistftError, ModelError
 from tests.helpers.models import MARKED_CHATML
 from tests.unit.corpus.conftest import chat, drop, encode, row, show
@@ -119,8 +119,9 @@ def test_documents_do_not_depend_on_their_neighbours(renderer: Make) -> None:
     together = made.encode(given, 100)
     for one, several in zip(given, together, strict=True):
         alone = encode(made, one)
-        np.testing.assert_array_equal(alone.tokens, several.tokens)  # type: ignore[union-attr]
-        np.testing.assert_array_equal(alone.supervised, several.supervised)  # type: ignore[union-attr]
+        assert isinstance(several, Encoded)
+        np.testing.assert_array_equal(alone.tokens, several.tokens)
+        np.testing.assert_array_equal(alone.supervised, several.supervised)
     assert made.encode([], 100) == []
 
 

@@ -30,6 +30,14 @@ def own(made: Lab) -> TokenBytes:
     return TokenBytes(amount=figures(made.store.child("teacher", name))["bytes_per_token"], basis=f"cache {name}")
 
 
+def scored_larger(made: Lab) -> Lab:
+    """Beside it in the store: another teacher's cache, of more documents."""
+    corpus = write_corpus(made.store, made.staging, train=random_documents(60, seed=73), heldout=HELDOUT)
+    larger = replace(made, model=shared_model(seed=1), corpus=corpus)
+    larger.score()
+    return larger
+
+
 @pytest.mark.parametrize("positions", ["supervised", "all"])
 def test_each_document_is_read_once(made: Lab, positions: str) -> None:
     corpus = write_corpus(made.store, made.staging, train=[*DOCUMENTS, *DOCUMENTS[:5]], heldout=HELDOUT)
@@ -52,10 +60,7 @@ def test_no_cache_says_nothing(made: Lab) -> None:
 def test_the_very_cache_is_asked_first(made: Lab) -> None:
     made.score()
     mine = own(made)
-    larger = replace(made, model=shared_model(seed=1), corpus=write_corpus(
-        made.store, made.staging, train=random_documents(60, seed=73), heldout=HELDOUT
-    ))  # fmt: skip
-    larger.score()
+    larger = scored_larger(made)
     assert told(made) == mine
     assert told(larger) != mine
 
@@ -64,10 +69,7 @@ def test_another_cache_with_the_same_policy_is_asked_next(made: Lab) -> None:
     """The same teacher's before larger ones; else the one with most tokens."""
     made.score()
     mine = own(made)
-    larger = replace(made, model=shared_model(seed=1), corpus=write_corpus(
-        made.store, made.staging, train=random_documents(60, seed=73), heldout=HELDOUT
-    ))  # fmt: skip
-    larger.score()
+    larger = scored_larger(made)
     of_larger = told(larger)
     assert told(made, dtype="bfloat16") == mine
     assert told(made, dtype="bfloat16", weights={"files": {}, "config": "another"}) == of_larger != mine

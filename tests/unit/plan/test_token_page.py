@@ -16,7 +16,8 @@ import pytest
 from distft.corpus.chat import load_tokenizer
 from distft.errors import ConfigError, StoreError
 from distft.objectives.treatment import Signals
-from distft.plan.token_page import PAGE_TOKENS, STEPS, _palette, chosen_documents, token_page, write_token_page
+from distft.plan.token_documents import PAGE_TOKENS, STEPS, chosen_documents
+from distft.plan.token_page import _palette, token_page, write_token_page
 from distft.plan.token_text import BROKEN, PART, TokenTexts, visible
 from distft.plan.tokens import TREATMENTS, Seen, TokenPlan, plan_tokens
 from distft.store.location import open_location

@@ -179,3 +179,15 @@ for path in sys.argv[1:]:
     started = [subprocess.Popen([sys.executable, "-c", script, *mine], cwd=Path(__file__).parents[3]) for mine in names]
     assert [one.wait() for one in started] == [0] * 4
     assert len(json.loads(digest.memo_path().read_bytes())["digests"]) == 160
+
+
+def test_much_to_read_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(digest, "SHOWN_FROM_BYTES", 100)
+    for name, size in (("a", 60), ("b", 170)):
+        (tmp_path / name).write_bytes(bytes(size))
+    files_sha256([tmp_path / "a"])
+    assert capsys.readouterr().err == ""
+    files_sha256([tmp_path / "a", tmp_path / "b"])
+    assert "checking files: 170 of 170 bytes" in capsys.readouterr().err
+    with pytest.raises(MissingArtifactError):
+        files_sha256([tmp_path / "a", tmp_path / "b", tmp_path / "none"])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 
 from distft.errors import ConfigError, CorruptArtifactError, MissingArtifactError, StoreError
 from distft.store.location import PARTIAL, Location, open_location
+from tests.helpers.race import race
 
 BAD_NAMES = ["", "/etc/passwd", "../up", "a/../../up", "a//b", "./a", "a/", "a\\b", "nul\0", ".."]
 
@@ -167,25 +166,11 @@ import sys
 from distft.store.location import open_location
 store = open_location(sys.argv[1])
 store.exists("warm")
-print("ready", flush=True)
-sys.stdin.readline()
-print(store.create("race", sys.argv[2].encode()))
 """
 
 
 def test_two_processes_and_one_winner(store: Location) -> None:
-    racers = [
-        subprocess.Popen([sys.executable, "-c", RACER, store.url, str(n)], stdin=-1, stdout=-1, text=True, env=dict(os.environ))
-        for n in range(2)
-    ]
-    for racer in racers:
-        assert racer.stdout is not None
-        assert racer.stdout.readline() == "ready\n"
-    for racer in racers:
-        assert racer.stdin is not None
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
-    answers = [racer.communicate(timeout=60)[0].strip() for racer in racers]
+    answers = race(store.url, ["0", "1"], prepare=RACER, act='print(store.create("race", sys.argv[2].encode()))')
     assert sorted(answers) == ["False", "True"]
     assert store.read("race").decode() == str(answers.index("True"))
 

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import pickle
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +27,7 @@ from distft.store.manifest import (
     read_manifest,
     verify_files,
 )
+from tests.helpers.race import race
 
 IDENTITY = {"model": {"weights": "ab" * 32, "dtype": "bfloat16"}, "k": 128, "min_prob": 1e-3}
 
@@ -134,26 +133,12 @@ store, me = open_location(sys.argv[1]), sys.argv[2]
 data = me.encode()
 store.create(f"data/{me}", data)
 entry = FileEntry(name=f"data/{me}", size=len(data), sha256=hashlib.sha256(data).hexdigest())
-print("ready", flush=True)
-sys.stdin.readline()
-print(commit(store, Manifest(kind="corpus", identity={"a": 1}, files=(entry,))).files[0].name)
+manifest = Manifest(kind="corpus", identity={"a": 1}, files=(entry,))
 """
 
 
 def test_two_processes_commit_at_once_and_agree(store: Location) -> None:
-    both = [
-        subprocess.Popen([sys.executable, "-c", COMMITTER, store.url, name], stdin=-1, stdout=-1, text=True, env=dict(os.environ))
-        for name in ("x", "y")
-    ]
-    for process in both:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in both:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    answers = {process.communicate(timeout=60)[0].strip() for process in both}
-    assert all(process.returncode == 0 for process in both)
+    answers = set(race(store.url, ["x", "y"], prepare=COMMITTER, act="print(commit(store, manifest).files[0].name)"))
     found = read_manifest(store)
     assert found is not None
     assert answers == {found.files[0].name}

@@ -20,10 +20,10 @@ from distft.errors import CorruptArtifactError, DistftError, MissingArtifactErro
 from distft.store.digest import document_digest
 from distft.store.location import open_location
 from distft.store.model_folder import resolve_model
-from distft.teacher import part as writing
 from distft.teacher.cache import TeacherCache
 from distft.teacher.forward import Scores, score_documents
 from distft.train.drift import measure_drift
+from tests.helpers.caches import killed_after
 from tests.helpers.stores import Lab, copied_model, lab, random_documents, shared_model, write_corpus
 
 DOCUMENTS = random_documents(40, seed=30)
@@ -128,30 +128,13 @@ def test_the_same_tokens_under_other_supervision_are_another_document(tmp_path: 
     assert contents(other)[turned.digest].positions.tolist() == np.flatnonzero(mask).tolist()
 
 
-class Killed(BaseException):
-    """Stands for a process that is no more."""
-
-
 @pytest.mark.parametrize("after", [0, 1, 5, 15])
-def test_a_killed_build_goes_on_with_what_is_missing(
-    tmp_path: Path, read: list[bytes], after: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_build_goes_on_with_what_is_missing(tmp_path: Path, read: list[bytes], after: int) -> None:
     undisturbed, made = lab(tmp_path / "undisturbed", documents=DOCUMENTS), lab(tmp_path / "killed", documents=DOCUMENTS)
     undisturbed.score()
     read.clear()
-    plain, parts = writing.commit, []
-
-    def commit(folder: Any, manifest: Any, name: str) -> Any:
-        if manifest.kind == "teacher-part":
-            if len(parts) == after:
-                raise Killed
-            parts.append(manifest)
-        return plain(folder, manifest, name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writing, "commit", commit)
-        with pytest.raises(Killed):
-            made.score()
+    with killed_after(after) as parts:
+        made.score()
     held = {digest for one in parts for digest in one.facts["digests"]}
     if after:
         assert 0 < len(held) < 40

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,11 +56,11 @@ def test_one_who_was_beaten_to_the_first_statement_says_what_stands(folder: Loca
     put(folder, "one", "a", "bc")
     old, plain = read_parts(folder), coverage.commit
 
-    def late(*args: object) -> Manifest:
+    def late(*args: Any) -> Manifest:
         monkeypatch.setattr(coverage, "commit", plain)
         put(folder, "two", "bc")
         commit_coverage(folder, WANTED)
-        return plain(*args)  # type: ignore[arg-type]
+        return plain(*args)
 
     monkeypatch.setattr(coverage, "commit", late)
     assert not commit_coverage(folder, WANTED, old).quarantined

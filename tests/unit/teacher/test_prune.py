@@ -45,7 +45,7 @@ def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Lets the stores' clock run ahead."""
     ahead = SimpleNamespace(time=lambda: time.time() + seconds, sleep=time.sleep, monotonic=time.monotonic)
     monkeypatch.setattr("distft.store.local.time", ahead)
-    monkeypatch.setattr("distft.store.s3._now", lambda reply: ahead.time())  # the server's, not this machine's
+    monkeypatch.setattr("distft.store.s3.server_time", lambda reply: ahead.time())  # the server's, not this machine's
 
 
 def test_nothing_young_goes(cache: Location) -> None:

@@ -17,7 +17,6 @@ from distft.errors import CorruptArtifactError, DistftError, MissingArtifactErro
 from distft.store.location import Location
 from distft.store.manifest import Manifest, read_manifest
 from distft.store.model_folder import ModelFolder, resolve_model
-from distft.teacher import part
 from distft.teacher.catalogue import figures, find_cache
 from distft.teacher.forward import score_documents
 from distft.teacher.identity import documents_key, quarantined_documents, read_parts
@@ -28,7 +27,7 @@ from distft.teacher.rows import Documents, find_row
 from distft.teacher.scores import Scores
 from distft.teacher.statistics import cache_statistics
 from distft.teacher.verify import verify_cache
-from tests.helpers.caches import only_cache
+from tests.helpers.caches import killed_after, only_cache
 from tests.helpers.models import tiny_model_folder
 from tests.helpers.stores import Lab, document, lab, loaded, random_documents, shared_model, write_corpus
 
@@ -322,27 +321,10 @@ def test_learned_positions_end(tmp_path: Path) -> None:
 # --- the cache around them -------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Stands for a process that is no more."""
-
-
 @pytest.mark.parametrize("after", [0, 3, 9])
-def test_a_part_with_a_quarantined_document_is_committed_like_any_other(
-    made: Lab, read: list[list[bytes]], after: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain, parts = part.commit, []
-
-    def commit(folder: Any, manifest: Any, name: str) -> Any:
-        if manifest.kind == "teacher-part":
-            if len(parts) == after:
-                raise Killed
-            parts.append(manifest)
-        return plain(folder, manifest, name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(part, "commit", commit)
-        with pytest.raises(Killed):
-            made.score()
+def test_a_part_with_a_quarantined_document_is_committed_like_any_other(made: Lab, read: list[list[bytes]], after: int) -> None:
+    with killed_after(after) as parts:
+        made.score()
     tried = {digest for one in parts for digest in (*one.facts["digests"], *one.facts["quarantined"])}
     held = tried - NAMES
     read.clear()
