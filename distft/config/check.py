@@ -6,28 +6,20 @@ import os.path
 
 from distft.config.schema import Hidden, NoDistribution, Run, Sample, Source
 from distft.errors import ConfigError
-from distft.objectives import catalog
-from distft.objectives.catalog import SftKl
-from distft.objectives.treatment import Wiring
+from distft.objectives.catalog import Lwf, SftKl
 
 
 def check_run(run: Run, *, where: str) -> None:
     """Raises a ConfigError that lists every pair of settings that cannot go together."""
-    problems = [*_objective(run), *_model(run), *_data(run), *_score(run), *_tasks(run)]
+    problems = [*_objective(run), *_model(run), *_data(run), *_score(run), *_train(run), *_tasks(run)]
     if problems:
         raise ConfigError("\n".join(["Settings that do not go together:", *(f"  {p}" for p in problems)]), where=where,
                           help="Change one side of each, in the file or by overrides.")  # fmt: skip
 
 
-# One sentence for each part that `catalog.NOT_WIRED` names.
-_UNWIRED: dict[Wiring, str] = {
-    "anchors": "wants annotated anchors, and documents cannot have any yet: set objective.anchors=floor",
-}
-
-
 def _objective(run: Run) -> list[str]:
     rule, kind = run.objective, f"objective.kind={run.objective.kind}"
-    problems = [f"{kind} {_UNWIRED[part]}" for part in sorted(rule.wiring & catalog.NOT_WIRED)]
+    problems = _anchors(run)
     if rule.prompt_kl > 0 and run.score.positions != "all":
         problems.append(
             f"objective.prompt_kl={rule.prompt_kl:g} needs the teacher on the prompt's tokens, and score.positions="
@@ -38,6 +30,16 @@ def _objective(run: Run) -> list[str]:
             f"objective.prompt_kl={rule.prompt_kl:g} holds prompts, and data.train.format=text has none: all of a text is supervised"
         )
     return problems + _softening(run, kind) + _budget(run, kind) + _distribution(run, kind)
+
+
+def _anchors(run: Run) -> list[str]:
+    given = run.data.train.anchors
+    if run.objective.needs_anchors and given is None:
+        return ["objective.anchors=given needs to be told them: give data.train.anchors, or set objective.anchors=floor"]
+    if isinstance(run.objective, Lwf) and not run.objective.needs_anchors and given is not None:
+        return [f"data.train.anchors={given} marks what is to be learned, and objective.anchors=floor does not look at it: set "
+                "objective.anchors=given, or data.train.anchors to null"]  # fmt: skip
+    return []
 
 
 def _softening(run: Run, kind: str) -> list[str]:
@@ -118,6 +120,12 @@ def _data(run: Run) -> list[str]:
 def _score(run: Run) -> list[str]:
     asked = [key for key, given in (("limit", run.score.limit), ("retry_quarantined", run.score.retry_quarantined)) if given]
     return [f"score.{key} asks to score documents, and score.reuse_only refuses to" for key in asked if run.score.reuse_only]
+
+
+def _train(run: Run) -> list[str]:
+    asked = [key for key, given in run.train.zero3 if given]
+    return [f"train.zero3.{key} moves what the engine zero3 holds, and train.engine=local holds none of it: set train.engine=zero3, or it "
+            "to false" for key in asked if run.train.engine == "local"]  # fmt: skip
 
 
 def _rows_of(source: Source) -> tuple[str | None, ...]:

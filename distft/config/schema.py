@@ -65,10 +65,17 @@ class Source(Section):
     """Take only the first so many rows; null takes all."""
 
 
+class TrainSource(Source):
+    """Documents to learn from."""
+
+    anchors: str | None = None
+    """A .jsonl file that marks the words to be learned, for objectives that hold the rest (README, "Anchors")."""
+
+
 class Data(Section):
     """The documents that are trained on, and those that are only measured."""
 
-    train: Source
+    train: TrainSource
     heldout: Source | None = None
     """Never trained on: drift is measured here. null: no drift meter."""
     max_tokens: Annotated[int, Field(ge=2)] = 4096
@@ -145,6 +152,16 @@ class Checkpoint(Section):
     """How many of the newest stay."""
 
 
+class Zero3(Section):
+    """What the engine `zero3` moves to the CPU's memory, at the price of speed, when the GPUs' does not suffice. Changes no number
+    beyond rounding; nothing is gained where there is no GPU."""
+
+    offload_optimizer: bool = False
+    """The float32 weights, their gradients and both moments, and the optimizer's work with them."""
+    offload_parameters: bool = False
+    """The weights of the passes, each gathered when it is needed."""
+
+
 class Train(Section):
     """The optimisation. What a step consumes follows from (seed, epoch) alone, never from the hardware."""
 
@@ -173,8 +190,10 @@ class Train(Section):
     """Measure drift on the held-out documents so often; null: only after the last step."""
     gradient_checkpointing: bool = False
     """Trade time for memory: recompute activations in the backward pass."""
-    engine: Literal["local"] | Auto = "auto"
-    """local: plain torch, every rank holds the whole model."""
+    engine: Literal["local", "zero3"] | Auto = "auto"
+    """local: plain torch, every rank holds the whole model. zero3: DeepSpeed, each rank holds its share of weights, gradients and
+    optimizer. auto: zero3 where there are several ranks or a GPU. Changes no number beyond rounding."""
+    zero3: Zero3 = Zero3()
     workers: Literal[1] | Auto = "auto"
     """Ranks that distft starts itself; under torchrun, leave `auto`."""
     checkpoint: Checkpoint = Checkpoint()

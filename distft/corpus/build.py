@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from distft.config.schema import Data, Source
+from distft.config.schema import Data, Source, TrainSource
+from distft.corpus.anchors import Annotation, annotation_file, annotation_identity
 from distft.corpus.files import Row
 from distft.corpus.sources import rows, source_files, source_identity
 from distft.corpus.tabulate import SCHEMA, Tally
@@ -38,10 +39,12 @@ CHUNK_CHARS = 1 << 20
 
 
 def corpus_identity(config: Data, model: ModelFolder) -> dict[str, Any]:
-    """What decides the documents: the rows' bytes, how they are read, the tokenizer with its template, and `max_tokens`."""
+    """What decides the documents: the rows' bytes, how they are read, their anchors, the tokenizer with its template, and
+    `max_tokens`."""
+    anchors = config.train.anchors
     return {
         "version": VERSION,
-        "train": source_identity(config.train),
+        "train": {**source_identity(config.train), **({} if anchors is None else {"anchors": annotation_identity(anchors)})},
         "heldout": source_identity(config.heldout) if config.heldout else None,
         "max_tokens": config.max_tokens,
         "tokenizer": model.tokenizer_identity(),
@@ -82,11 +85,15 @@ class _SplitBuild:
     parts: list[Manifest] = field(default_factory=list)
     total: Tally = field(default_factory=Tally)
 
+    @property
+    def anchors(self) -> str | None:
+        return _anchors(self.source)
+
     def run(self, workers: Workers) -> None:
         self._take_up()
         done = self.total.rows
         with track(f"tokenize {self.split}", self.source.limit, "rows", done=done) as meter:
-            results = workers.map(self.split, _chunks(islice(rows(self.source), done, None)))
+            results = workers.map(self.split, _chunks(islice(self._rows(), done, None)))
             for first in results:
                 tally = Tally()
                 with ShardWriter(self.folder, f"{self.split}-{len(self.parts):05d}", SCHEMA, compression=None) as writer:
@@ -98,6 +105,12 @@ class _SplitBuild:
                             break
                 self._commit(writer.entry, tally)
         self._report()
+
+    def _rows(self) -> Iterator[Row]:
+        found = rows(self.source)
+        if self.anchors is None:
+            return found
+        return Annotation(self.anchors).mark(found, files=len(source_files(self.source)), limit=self.source.limit)
 
     def _take_up(self) -> None:
         """Finds the parts that are committed already."""
@@ -153,6 +166,12 @@ class _SplitBuild:
         if total.dropped:
             listed = "; ".join(names[:3]) + ("; ..." if total.dropped > 3 else "")
             say(f"{self.split}: {total.dropped} of {total.rows} rows dropped: {listed}")
+        if self.anchors is not None:
+            if total.anchor_tokens == 0:
+                raise DataError(f"none of its anchors is in the {total.rows} rows that are taken", where=self.anchors,
+                                help="Raise data.train.limit, or leave data.train.anchors out.")  # fmt: skip
+            say(f"{self.split}: {total.anchor_tokens} of {total.supervised_tokens} supervised tokens are anchors, in "
+                f"{total.annotated} of {total.documents} documents")  # fmt: skip
         for count, what in (
             (total.truncated, f"cut to {self.max_tokens} tokens"),
             (total.altered, "where the chat template rewrote or dropped a part of what the assistant says"),
@@ -184,7 +203,12 @@ def _chars(value: Any) -> int:
     return sum(map(_chars, value)) if isinstance(value, list) else 0
 
 
+def _anchors(source: Source) -> str | None:
+    return source.anchors if isinstance(source, TrainSource) else None
+
+
 def _stamp(source: Source) -> list[tuple[int, ...]]:
-    """Changes when a file of the source is written to."""
-    seen = [path.stat() for path in source_files(source)]
+    """Changes when a file of the source, or its annotation, is written to."""
+    anchors = _anchors(source)
+    seen = [path.stat() for path in (*source_files(source), *([] if anchors is None else [annotation_file(anchors)]))]
     return [(one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for one in seen]

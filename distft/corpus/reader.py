@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distft.corpus.build import KIND
-from distft.corpus.tabulate import SCHEMA, SUPERVISED
+from distft.corpus.tabulate import ANCHOR, SCHEMA, SUPERVISED
 from distft.errors import ConfigError, CorruptArtifactError, DataError, MissingArtifactError
 from distft.store.location import Location
 from distft.store.manifest import Manifest, fetch, read_manifest
@@ -25,12 +25,13 @@ NEAR_DIGITS = 4
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document. `supervised[t]` belongs to token t, which is predicted from those before it; `supervised[0]` is False.
-    `tokens` is a view of the file."""
+    """One document. `supervised[t]` belongs to token t, which is predicted from those before it; `supervised[0]` is False. Anchors are
+    supervised tokens; none in a corpus without annotation. `tokens` is a view of the file."""
 
     digest: str
     tokens: npt.NDArray[np.uint32]
     supervised: npt.NDArray[np.bool_]
+    anchors: npt.NDArray[np.bool_]
     file: str
     row: int
 
@@ -189,10 +190,12 @@ class _Split:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         batch, place = self.batches[number], index - int(self.starts[number])
         start, end = batch.offsets[place], batch.offsets[place + 1]
+        flags = batch.flags[start:end]
         return Document(
             digest=batch.digest[place].as_py(),
             tokens=batch.tokens[start:end],
-            supervised=(batch.flags[start:end] & SUPERVISED).astype(np.bool_),
+            supervised=(flags & SUPERVISED) != 0,
+            anchors=(flags & ANCHOR) != 0,
             file=batch.file[place].as_py(),
             row=batch.row[place].as_py(),
         )

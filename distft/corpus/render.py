@@ -17,7 +17,7 @@ def render_source(source: Source, model: ModelFolder, *, max_tokens: int) -> lis
     found = list(rows(source))
     encoded = Renderer(load_tokenizer(model), source).encode(found, max_tokens)
     documents = [
-        Document(document_digest(one.tokens, one.supervised), one.tokens, one.supervised, row.file, row.number)
+        Document(document_digest(one.tokens, one.supervised), one.tokens, one.supervised, one.anchored, row.file, row.number)
         for row, one in zip(found, encoded, strict=True)
         if isinstance(one, Encoded)
     ]

@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from distft.corpus.chat import Dropped, Encoded
 from distft.corpus.files import Row
 from distft.store.digest import document_digest
 
-SUPERVISED = 1
-"""Bit 0 of a flag; bit 1 is kept for anchors."""
+SUPERVISED, ANCHOR = 1, 2
+"""Bits of a flag. An anchor is supervised. Digests do not know of anchors: the teacher's scores are the same with and without."""
 SCHEMA = pa.schema(
     [
         ("digest", pa.string()),
@@ -35,6 +36,9 @@ class Tally:
     documents: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
+    anchor_tokens: int = 0
+    annotated: int = 0
+    """Documents with an anchor."""
     longest: int = 0
     truncated: int = 0
     altered: int = 0
@@ -47,7 +51,8 @@ class Tally:
     """Of the documents that were dropped because their prompt fills `max_tokens`."""
 
     def add(self, other: Tally) -> None:
-        for name in ("rows", "documents", "tokens", "supervised_tokens", "truncated", "altered", "unended", "dropped"):
+        for name in ("rows", "documents", "tokens", "supervised_tokens", "anchor_tokens", "annotated", "truncated", "altered",
+                     "unended", "dropped"):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
         self.dropped_names = (self.dropped_names + other.dropped_names)[:NAMES_KEPT]
@@ -73,6 +78,8 @@ def tabulate(chunk: list[Row], results: list[Encoded | Dropped]) -> tuple[pa.Rec
                 documents=1,
                 tokens=len(result.tokens),
                 supervised_tokens=int(result.supervised.sum()),
+                anchor_tokens=int(result.anchored.sum()),
+                annotated=int(result.anchored.any()),
                 longest=len(result.tokens),
                 truncated=int(result.truncated),
                 altered=int(result.altered),
@@ -81,7 +88,7 @@ def tabulate(chunk: list[Row], results: list[Encoded | Dropped]) -> tuple[pa.Rec
         )
     offsets = pa.array(np.cumsum([0, *(len(document.tokens) for _, document in kept)]), pa.int32())
     tokens = np.concatenate([np.empty(0, np.uint32), *(document.tokens for _, document in kept)])
-    flags = np.concatenate([np.empty(0, np.uint8), *(document.supervised * np.uint8(SUPERVISED) for _, document in kept)])
+    flags = np.concatenate([np.empty(0, np.uint8), *(_flags(document) for _, document in kept)])
     columns = [
         pa.array([document_digest(document.tokens, document.supervised) for _, document in kept], pa.string()),
         pa.ListArray.from_arrays(offsets, pa.array(tokens, pa.uint32())),
@@ -90,3 +97,7 @@ def tabulate(chunk: list[Row], results: list[Encoded | Dropped]) -> tuple[pa.Rec
         pa.array([row.number for row, _ in kept], pa.uint64()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA), tally
+
+
+def _flags(document: Encoded) -> npt.NDArray[np.uint8]:
+    return document.supervised * np.uint8(SUPERVISED) | document.anchored * np.uint8(ANCHOR)

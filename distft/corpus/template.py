@@ -101,6 +101,10 @@ class ChatTemplate:
             spans.append((start, stop.end() if stop else end))
         return Chat(text=text, spans=tuple(spans), altered=altered, unended=unended)
 
+    def content(self, messages: list[Message], index: int, text: str, place: str) -> Span:
+        """Where the content of one assistant turn is in `text`, what `chat` made of the messages."""
+        return self._contents(messages, [index], text, place)[index]
+
     def prompt(self, messages: list[Message], place: str) -> str:
         """The chat's text up to where the assistant is to speak."""
         return self._render(messages, place, prompt=True)[0]
@@ -194,7 +198,7 @@ class _Marks:
     """Two characters per message that nothing in the chat uses."""
 
     def __init__(self, messages: list[Message], place: str) -> None:
-        free = [p for p in _PLANES if not any(_PLANE_MARKS[p].search(message["content"]) for message in messages)]
+        free = [p for p in _PLANES if not any(_PLANE_MARKS[p].search(message.get("content", "")) for message in messages)]
         if not free or 2 * len(messages) > 0xFFFD:
             problem = "the chat uses all private-use characters, or too many messages, to be traced"
             raise DataError(problem, where=place, help="Split the row, or remove these characters.")

@@ -16,7 +16,7 @@ from distft.engine.base import MicroBatch
 from distft.engine.pack import batches_by_tokens
 from distft.engine.world import World
 from distft.objectives.catalog import Objective
-from distft.objectives.treatment import Floats, Signals, Treatment, treatment
+from distft.objectives.treatment import Floats, Signals, Treatment, follows, treatment
 from distft.teacher.cache import TeacherCache, signals, sparse_rows
 from distft.train.live import LiveTreatment
 from distft.train.targets import Treated, micro_batch, scaled
@@ -103,7 +103,8 @@ class Feed:
             own, rest = scores.select(spoken), scores.select(~spoken)
         known = replace(
             signals(own) if own is not None else _nothing_known(len(answer)), document=document.digest, vocabulary=self.vocabulary,
-            rounding=self.rounding,
+            rounding=self.rounding, anchors=document.anchors[answer],
+            follows=follows(document.supervised),
         )  # fmt: skip
         if rule.live == "no":
             made = rule.treat(known)

@@ -92,7 +92,7 @@ def document(tokens: Sequence[int], supervised: Sequence[int]) -> Document:
 
 
 def _document(tokens: npt.NDArray[np.uint32], mask: npt.NDArray[np.bool_]) -> Document:
-    return Document(document_digest(tokens, mask), tokens, mask, "rows.jsonl", 1)
+    return Document(document_digest(tokens, mask), tokens, mask, np.zeros_like(mask), "rows.jsonl", 1)
 
 
 def random_documents(
@@ -120,8 +120,11 @@ def write_corpus(store: Location, staging: Path, **splits: Sequence[Document]) -
     for split, documents in splits.items():
         rows = [Row("rows.jsonl", number, {}) for number in range(1, len(documents) + 1)]
         encoded = [
-            Encoded(tokens=d.tokens, supervised=d.supervised, truncated=False, altered=False, unended=False) for d in documents
-        ]
+            Encoded(
+                tokens=d.tokens, supervised=d.supervised, anchored=d.anchors, truncated=False, altered=False, unended=False
+            )
+            for d in documents
+        ]  # fmt: skip
         batch, tally = tabulate(rows, list(encoded))
         with ShardWriter(folder, split, SCHEMA, compression=None) as writer:
             writer.write(batch)

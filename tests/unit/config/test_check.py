@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from distft.config.check import _UNWIRED, check_run
+from distft.config.check import check_run
 from distft.config.load import validate
 from distft.errors import ConfigError
-from distft.objectives import catalog
 
 
 def run(**changes: Any) -> dict[str, Any]:
@@ -30,6 +29,7 @@ TASK = {"kind": "generate", "name": "x", "path": "p"}
 @pytest.mark.parametrize(
     ("document", "says"),
     [
+        (run(train={"engine": "local", "zero3": {"offload_optimizer": True}}), "train.zero3.offload_optimizer moves what"),
         (run(objective={"kind": "sft_kl"}, score=NONE), "objective.kind=sft_kl needs the teacher's distribution"),
         (run(objective={"kind": "stm_kl"}, score=NONE), "objective.kind=stm_kl needs the teacher's distribution"),
         (
@@ -39,6 +39,9 @@ TASK = {"kind": "generate", "name": "x", "path": "p"}
         (run(objective={"kind": "lwf"}, score=NONE), "objective.kind=lwf needs the teacher's distribution"),
         (run(objective={"kind": "kd"}, score=NONE), "objective.kind=kd needs the teacher's distribution"),
         (run(objective={"kind": "eksft"}, score=SAMPLE), "objective.kind=eksft asks for KL(p||q)"),
+        (run(objective={"kind": "eksft", "variant": "published_code"}, score=SAMPLE), "objective.kind=eksft asks for KL(p||q)"),
+        (run(objective={"kind": "eksft", "variant": "published_code"}, score=NONE), "needs the teacher's distribution"),
+        (run(objective={"kind": "eksft", "variant": "published_code", "prompt_kl": 0.5}), "out; set score.positions=all"),
         (run(objective={"kind": "kd", "temperature": 2}), "asks the teacher about all tokens, and score.distribution.kind=topk"),
         (run(objective={"kind": "sft", "prompt_kl": 0.5}, score=NONE), "objective.kind=sft needs the teacher's distribution"),
         (run(objective={"kind": "sft", "prompt_kl": 0.5}), "leaves them out; set score.positions=all"),
@@ -107,6 +110,7 @@ def test_a_pair_that_cannot_be(document: dict[str, Any], says: str) -> None:
         run(objective={"kind": "lwf", "normalise": "group_mean"}),
         run(objective={"kind": "stm", "select": "random"}),
         run(objective={"kind": "eksft"}),
+        run(objective={"kind": "eksft", "variant": "published_code", "prompt_kl": 0.5}, score={"positions": "all"}),
         run(objective={"kind": "eksft"}, score={"distribution": {"kind": "hidden"}}),
         run(objective={"kind": "eaft"}, score=NONE),
         run(objective={"kind": "dft"}, score=NONE),
@@ -128,32 +132,26 @@ def test_a_pair_that_can(document: dict[str, Any]) -> None:
     check_run(validate(document, where=""), where="run.yaml")
 
 
-UNWIRED: dict[str, tuple[dict[str, Any], str]] = {
-    "anchors": ({"kind": "lwf", "anchors": "given"}, "documents cannot have any yet: set objective.anchors=floor"),
-}
-
-
-@pytest.mark.parametrize("part", sorted(catalog.NOT_WIRED))
-def test_what_training_cannot_do_yet_is_refused_with_a_way_out(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    objective, says = UNWIRED[part]
-    wanted = validate(run(objective=objective, score={"positions": "all"}), where="")
-    with pytest.raises(ConfigError) as told:
-        check_run(wanted, where="run.yaml")
-    assert says in told.value.problem
-    assert len(told.value.problem.splitlines()) == 2
-    monkeypatch.setattr(catalog, "NOT_WIRED", catalog.NOT_WIRED - {part})
-    check_run(wanted, where="run.yaml")
-
-
-def test_there_is_a_sentence_for_what_training_cannot_do_and_for_nothing_else() -> None:
-    assert set(_UNWIRED) == set(UNWIRED) == catalog.NOT_WIRED
+def test_anchors_are_given_to_those_who_ask_and_not_left_unread() -> None:
+    given = {"kind": "lwf", "anchors": "given"}
+    annotated = {"train": {"path": "d.jsonl", "anchors": "a.jsonl"}}
+    check_run(validate(run(objective=given, data=annotated), where=""), where="run.yaml")
+    check_run(validate(run(objective={"kind": "sft"}, data=annotated), where=""), where="run.yaml")  # a baseline on the same corpus
+    for document, says in (
+        (run(objective=given), "give data.train.anchors, or set objective.anchors=floor"),
+        (run(objective={"kind": "lwf"}, data=annotated), "data.train.anchors=a.jsonl marks what is to be learned"),
+    ):
+        with pytest.raises(ConfigError) as told:
+            check_run(validate(document, where=""), where="run.yaml")
+        assert says in told.value.problem
+        assert len(told.value.problem.splitlines()) == 2
 
 
 def test_what_is_refused_beside_another_problem_is_told_with_it() -> None:
     document = run(objective={"kind": "lwf", "anchors": "given", "prompt_kl": 0.5}, score=NONE)
     with pytest.raises(ConfigError) as told:
         check_run(validate(document, where=""), where="run.yaml")
-    assert [line.strip().split(" ")[1] for line in told.value.problem.splitlines()[1:]] == ["wants", "needs", "needs"]
+    assert [line.strip().split(" ")[1] for line in told.value.problem.splitlines()[1:]] == ["needs", "needs", "needs"]
 
 
 def test_all_pairs_come_together() -> None:

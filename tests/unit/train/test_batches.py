@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,3 +164,27 @@ def test_a_rule_that_reads_signals_it_did_not_ask_for_gets_nan(tmp_path: Path, m
     feed(made).step(np.arange(4))
     assert len(seen) == 4
     assert all(np.isnan(one.label_logprob).all() and np.isnan(one.entropy).all() for one in seen)
+
+
+@pytest.mark.parametrize("prompt_kl", [0.0, 0.5])
+def test_annotated_anchors_are_learned_and_all_else_is_held(tmp_path: Path, prompt_kl: float) -> None:
+    random = np.random.default_rng(3)
+    documents = [
+        replace(one, anchors=one.supervised & (random.random(len(one)) < 0.4)) for one in random_documents(6, seed=12, share=0.9)
+    ]
+    rule = {"kind": "lwf", "anchors": "given", "alpha": 3.0, "beta": 0.5, "c": 1.0, "prompt_kl": prompt_kl}
+    place = lab(tmp_path, documents=documents, objective=rule, score={"positions": "all"},
+                train={"micro_batch_tokens": 4096})  # fmt: skip
+    place.score()
+    made = feed(place).step(np.arange(6))
+    [batch] = made.micro_batches
+    labels, targets = [], batch.targets
+    for one in documents:  # packed in some order: compared as sets of (label, weight)
+        labels += [(int(token), 3.0) for token in one.tokens[one.anchors]]
+    learned = targets.ce_N != 0
+    assert sorted(zip(targets.labels_N[learned].tolist(), targets.ce_N[learned].tolist(), strict=True)) == sorted(labels)
+    held = [int(token) for one in documents for token in one.tokens[one.supervised & ~one.anchors]]
+    assert not bool((learned & (targets.kl_N != 0)).any())
+    if prompt_kl == 0:
+        assert sorted(targets.labels_N[targets.kl_N == 0.5].tolist()) == sorted(held)
+    assert made.counts == [sum(int(one.supervised.sum()) for one in documents)]

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from distft.engine import choose
 from distft.engine.local import LocalEngine
 from distft.errors import ConfigError, StaleArtifactError
-from distft.train import owner, stage
+from distft.train import owner
 from distft.train.loop import _step_seed
 from distft.train.record import read_metrics
 from tests.helpers.stores import Lab, lab, random_documents
@@ -98,7 +99,7 @@ def test_a_process_that_cannot_start_stops_nobody(made: Lab, monkeypatch: pytest
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(stage, "load_model", full)
+    monkeypatch.setattr(choose, "load_model", full)
     with pytest.raises(torch.OutOfMemoryError):
         made.train()
     first.save(1, engine, facts(1))

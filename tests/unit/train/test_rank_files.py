@@ -1,0 +1,185 @@
+"""Checkpoints of any number of ranks, read by any number of others: every element comes back, bit for bit, and no byte is believed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distft.engine.base import Slice, Wanted, share
+from distft.errors import CorruptArtifactError
+from distft.store import blocks
+from distft.store.location import Location, open_location
+from distft.store.manifest import Manifest
+from distft.train.rank_files import PARTS, Layout, Memory, manifest_facts, put_rank_file, read_slices
+
+SHAPES = {"embed": (37, 8), "norm": (8,), "one": (1,), "layers.0.w": (16, 24), "layers.1.w": (5, 3, 2), "b": (3,)}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Location:
+    return open_location(str(tmp_path / "store"))
+
+
+def numbers() -> dict[str, dict[str, Tensor]]:
+    random = torch.Generator().manual_seed(0)
+    return {part: {name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()} for part in PARTS}
+
+
+FULL = numbers()
+
+
+def owned(rank: int, size: int) -> list[Slice]:
+    found = []
+    for name, shape in SHAPES.items():
+        start, stop = share(math.prod(shape), rank, size)
+        parts: dict[str, Tensor] = {part: FULL[part][name].view(-1)[start:stop] for part in PARTS}
+        found.append(Slice(name=name, shape=shape, start=start, **parts))
+    return found
+
+
+@pytest.fixture
+def saved(store: Location) -> Callable[[int], Manifest]:
+    def make(size: int) -> Manifest:
+        entries, parameters = [], None
+        for rank in range(size):
+            snapshot = Memory().copy(owned(rank, size))
+            entries.append(put_rank_file(store, snapshot, rank))
+            parameters = snapshot.parameters
+        assert parameters is not None
+        return Manifest(kind="checkpoint", identity={}, files=tuple(reversed(entries)), facts=manifest_facts(parameters))
+
+    return make
+
+
+def wanted_by(rank: int, size: int) -> list[Wanted]:
+    return [Wanted(name, shape, *share(math.prod(shape), rank, size)) for name, shape in SHAPES.items()]
+
+
+@pytest.mark.parametrize("before", [1, 2, 3, 8, 40])
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_any_number_of_ranks_reads_what_any_other_wrote(
+    store: Location, saved: Callable[[int], Manifest], before: int, after: int
+) -> None:
+    manifest = saved(before)
+    again = {part: {name: torch.full((math.prod(shape),), torch.nan) for name, shape in SHAPES.items()} for part in PARTS}
+    for rank in range(after):
+        for piece in read_slices(store, manifest, wanted_by(rank, after)):
+            for part in PARTS:
+                target = again[part][piece.name][piece.start : piece.stop]
+                assert bool(target.isnan().all()), "each element comes once"
+                target.copy_(getattr(piece, part))
+    for part in PARTS:
+        for name, shape in SHAPES.items():
+            assert torch.equal(again[part][name].view(shape), FULL[part][name])
+
+
+def test_a_rank_reads_no_block_that_it_does_not_need(
+    store: Location, saved: Callable[[int], Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, read = saved(2), 0
+    monkeypatch.setattr(blocks, "AHEAD", 0)
+    plain = type(store).read_range
+
+    def counted(self: Location, name: str, start: int, length: int) -> bytes:
+        nonlocal read
+        read += length
+        return plain(self, name, start, length)
+
+    monkeypatch.setattr(type(store), "read_range", counted)
+    list(read_slices(store, manifest, [Wanted("embed", SHAPES["embed"], 0, 40)]))
+    assert read <= (1 + 2 + 3 * 2) * 200  # the header's blocks, and those around 160 bytes of each part
+    read = 0
+    list(read_slices(store, manifest, [Wanted("embed", SHAPES["embed"], 0, 296)], parts=("weight",)))
+    assert read <= 4 * 296 + 2 * 4 * 200
+
+
+def test_one_part_alone(store: Location, saved: Callable[[int], Manifest]) -> None:
+    for piece in read_slices(store, saved(3), wanted_by(0, 1), parts=("weight",)):
+        assert torch.equal(piece.weight, FULL["weight"][piece.name].view(-1)[piece.start : piece.stop])
+        assert not piece.exp_avg.any()
+        assert len(piece.exp_avg) == len(piece.exp_avg_sq) == len(piece.weight)
+
+
+def test_others_can_read_the_files(store: Location, saved: Callable[[int], Manifest]) -> None:
+    manifest, layout = saved(2), Layout(list(SHAPES.items()), 2)
+    for entry in manifest.files:
+        path = store.local(entry.name)
+        assert path is not None
+        found = load_file(path)
+        assert set(found) == set(PARTS)
+        for name, (start, stop, offset) in layout.places(entry.facts["rank"]).items():
+            for part in PARTS:
+                assert torch.equal(found[part][offset : offset + stop - start], FULL[part][name].view(-1)[start:stop])
+        assert len(found["weight"]) == layout.elements(entry.facts["rank"])
+
+
+def test_a_snapshot_is_of_its_moment_and_room_is_taken_once() -> None:
+    memory, live = Memory(), torch.arange(4.0)
+    piece = Slice(name="x", shape=(4,), start=0, weight=live, exp_avg=live, exp_avg_sq=live)
+    first = memory.copy([piece])
+    live += 1
+    assert first.vectors["weight"].tolist() == [0, 1, 2, 3]
+    second = memory.copy([piece])
+    assert second.vectors["weight"].tolist() == [1, 2, 3, 4]
+    assert second.vectors["weight"].data_ptr() == first.vectors["weight"].data_ptr()
+
+
+@pytest.mark.parametrize("place", [3, 60, 400, -1])
+def test_a_flipped_bit_is_named(store: Location, saved: Callable[[int], Manifest], place: int) -> None:
+    manifest = saved(2)
+    entry = next(one for one in manifest.files if one.facts["rank"] == 1)
+    data = bytearray(store.read(entry.name))
+    data[place] ^= 4
+    store.replace(entry.name, bytes(data))
+    with pytest.raises(CorruptArtifactError, match=f"{entry.name} is damaged between bytes"):
+        list(read_slices(store, manifest, wanted_by(0, 1)))
+
+
+def another(manifest: Manifest, **facts: Any) -> Manifest:
+    return replace(manifest, files=tuple(replace(one, facts={**one.facts, **facts}) for one in manifest.files))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda made: replace(made, facts={}), "cannot be understood"),
+        (lambda made: replace(made, facts={"parameters": [["x"]]}), "cannot be understood"),
+        (lambda made: replace(made, facts={"parameters": [["x", [-1]]]}), "its parameters make no sense"),
+        (lambda made: replace(made, files=()), "the ranks of its files have a gap"),
+        (lambda made: replace(made, files=made.files[:1]), "the ranks of its files have a gap|does not hold"),
+        (lambda made: another(made, rank=0), "the ranks of its files have a gap"),
+        (lambda made: another(made, rank="0"), "the ranks of its files have a gap"),
+        (
+            lambda made: replace(made, facts=manifest_facts([(name, (9, *shape[1:])) for name, shape in SHAPES.items()])),
+            "not of this model|does not hold",
+        ),
+        (lambda made: replace(made, files=(made.files[1], replace(made.files[1], facts={**made.files[1].facts, "rank": 1}))),
+         "does not hold"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_is_not_right(
+    store: Location, saved: Callable[[int], Manifest], change: Callable[[Manifest], Manifest], says: str
+) -> None:
+    with pytest.raises(CorruptArtifactError, match=says) as told:
+        list(read_slices(store, change(saved(2)), wanted_by(0, 1)))
+    assert told.value.where == store.url
+
+
+def test_another_models_parameters(store: Location, saved: Callable[[int], Manifest]) -> None:
+    with pytest.raises(CorruptArtifactError, match=r"norm, of the shape \[9\], has the shape \[8\]"):
+        list(read_slices(store, saved(1), [Wanted("norm", (9,), 0, 9)]))
+    with pytest.raises(CorruptArtifactError, match=r"other, of the shape \[9\], is not in it"):
+        list(read_slices(store, saved(1), [Wanted("other", (9,), 0, 9)]))
