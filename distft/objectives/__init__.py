@@ -1,1 +1,1 @@
-"""What is trained: rules that turn signals into four weights per token (catalog), and the one loss that obeys them."""
+"""What is trained: rules that turn signals into weights per token (catalog), and the one loss that obeys them."""

@@ -8,8 +8,9 @@ the vocabulary. The gradient has one factor per row on the tail and its own valu
     kept i:  p_i * [ ce + kl + rkl*(log(p_i/q_i) - R) ] - kl*q_i
     label y: the above - ce
 
-and an entropy bonus adds p_v * entropy * (log p_v + H) to each. log p_i of kept entries is from their logits, and so exact however
-small p_i is. The tail has no logits left when its sum is known: log P stops at that of TINY, 85 nats.
+and an entropy bonus adds p_v * entropy * (log p_v + H) to each, a collision p_v * collision * 2 (p_v - C). log p_i of kept entries is
+from their logits, and so exact however small p_i is. The tail has no logits left when its sum is known: log P stops at that of TINY,
+85 nats.
 
 All of it happens in the buffer of the logits. Where more room is needed it is taken for a few rows at a time. Against a teacher of
 hidden states see `distft.objectives.whole`. Shapes as in `distft.objectives.loss`.
@@ -31,9 +32,11 @@ TOP = 20
 
 class Chunk:
     """The student's distribution over one chunk and its distance from label and teacher. `exp_CV`, in the buffer of the logits, holds
-    exp(z - max) with the teacher's kept entries zeroed; those stand in `kept_M`. `asked` are entropies that are to be known."""
+    exp(z - max) with the teacher's kept entries zeroed; those stand in `kept_M`. `asked` are entropies, and the collision, that are to
+    be known."""
 
     entropy_C: Tensor
+    collision_C: Tensor
     top_entropy_C: Tensor
 
     def __init__(self, logits_CV: Tensor, labels_C: Tensor, teacher: SparseRows | None, *, asked: frozenset[str]) -> None:
@@ -50,6 +53,8 @@ class Chunk:
             self.kl_C = self.rkl_C = torch.zeros_like(self.total_C)
         if "entropy" in asked:
             self.entropy_C = self._entropy()
+        if "collision" in asked:
+            self.collision_C = self._collision()
         self.lse_C = peak_C1.squeeze(1) + self.total_C.log()
         self.ce_C = self.lse_C - label_logit_C
 
@@ -94,12 +99,22 @@ class Chunk:
             entropy_C[rows] = -_times_log(probs_BV).sum(1)
         return entropy_C if self.teacher is None else entropy_C - self._row_sum(self.kept_M * self.logprob_M)
 
+    def _collision(self) -> Tensor:
+        """C(p), the sum of p_v squared."""
+        collision_C = torch.empty_like(self.total_C)
+        for rows in blocks(len(collision_C)):
+            collision_C[rows] = (self.exp_CV[rows] / self.total_C[rows, None]).square_().sum(1)
+        return collision_C if self.teacher is None else collision_C + self._row_sum(self.kept_M.square())
+
     def value(self, name: str) -> Tensor:
         """One of the values that are known of the student (`LiveField`), or its cross-entropy, per token."""
         return -self.ce_C if name == "label_logprob" else getattr(self, f"{name}_C")
 
-    def gradient(self, ce_C: Tensor, kl_C: Tensor, rkl_C: Tensor, bonus_C: Tensor | None = None) -> Tensor:
-        """d loss / d logits, in the buffer of the logits; `bonus_C` is the weight of the entropy, which was asked for."""
+    def gradient(
+        self, ce_C: Tensor, kl_C: Tensor, rkl_C: Tensor, bonus_C: Tensor | None = None, spread_C: Tensor | None = None
+    ) -> Tensor:
+        """d loss / d logits, in the buffer of the logits; `bonus_C` is the weight of the entropy, `spread_C` that of the collision,
+        which were asked for."""
         scale_C = (ce_C + kl_C) / self.total_C
         if self.teacher is not None:
             # Where the tail underflows, so do its e_v, and no factor could pull them up: the clamp changes no gradient but keeps a
@@ -107,19 +122,24 @@ class Chunk:
             scale_C = scale_C - (kl_C * self.teacher.tail_N / self.tail_C).clamp_max(torch.finfo(torch.float32).max)
             scale_C = scale_C + rkl_C * (self.tail_ratio_C - self.exact_rkl_C) / self.total_C
         grad_CV = self.exp_CV
-        if bonus_C is None:
+        if bonus_C is None and spread_C is None:
             grad_CV.mul_(scale_C[:, None])
         else:
             for rows in blocks(len(grad_CV)):
                 probs_BV = grad_CV[rows] / self.total_C[rows, None]
                 grad_CV[rows] *= scale_C[rows, None]
-                grad_CV[rows] += entropy_slope(_times_log(probs_BV), probs_BV, self.entropy_C[rows], bonus_C[rows])
+                if spread_C is not None:
+                    grad_CV[rows] += collision_pull(probs_BV, self.collision_C[rows], spread_C[rows]).mul_(probs_BV)
+                if bonus_C is not None:
+                    grad_CV[rows] += entropy_slope(_times_log(probs_BV), probs_BV, self.entropy_C[rows], bonus_C[rows])
         if self.teacher is not None:
             row_M = self.row_M
             away_M = self.log_ratio_M - self.exact_rkl_C[row_M]
             pull_M = (ce_C + kl_C)[row_M] + rkl_C[row_M] * away_M
             if bonus_C is not None:
                 pull_M += bonus_C[row_M] * (self.logprob_M + self.entropy_C[row_M])
+            if spread_C is not None:
+                pull_M += 2 * spread_C[row_M] * (self.kept_M - self.collision_C[row_M])
             grad_CV[row_M, self.teacher.ids_M] = self.kept_M * pull_M - kl_C[row_M] * self.teacher_M
         grad_CV[torch.arange(len(ce_C), device=ce_C.device), self.labels_C] -= ce_C
         return grad_CV
@@ -134,6 +154,11 @@ def top_entropy(logits_CV: Tensor) -> Tensor:
 def entropy_slope(times_log_BV: Tensor, probs_BV: Tensor, entropy_B: Tensor, bonus_B: Tensor) -> Tensor:
     """d (-bonus * H(p)) / d logits, from p log p and p. Consumes both."""
     return times_log_BV.add_(probs_BV.mul_(entropy_B[:, None])).mul_(bonus_B[:, None])
+
+
+def collision_pull(probs_BV: Tensor, collision_B: Tensor, spread_B: Tensor) -> Tensor:
+    """d (spread * C(p)) / d logits as a factor on p, from p."""
+    return (probs_BV - collision_B[:, None]).mul_(2 * spread_B[:, None])
 
 
 def _times_log(probs_BV: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""The one loss: four weights per token in, loss and both gradients out, in a single chunked pass over the output head.
+"""The one loss: five weights per token in, loss and both gradients out, in a single chunked pass over the output head.
 
 Per token t with hidden state h_t, logits z = shape(W h_t + b), p = softmax(z), label y, and a teacher's sparse distribution of kept
 probabilities q_i and tail mass Q (all other tokens together):
 
-    loss_t = ce*CE + kl*KL(q||p) + rkl*KL(p||q) - entropy*H(p)
+    loss_t = ce*CE + kl*KL(q||p) + rkl*KL(p||q) - entropy*H(p) + collision*C(p)        C(p) = sum of p_v^2
 
 Both KLs are over the k+1 categories {kept tokens, everything else}. By the data-processing inequality they are never above the
 divergence over the whole vocabulary, never negative, and equal to it when every token is kept. A teacher whose hidden states and
@@ -32,8 +32,8 @@ from distft.objectives.distributions import BLOCKS, DenseRows, LogitShape, Spars
 from distft.objectives.treatment import LiveField
 from distft.objectives.whole import WholeChunk
 
-PARTS = ("ce", "kl", "rkl", "entropy")
-"""The loss's four, and the order of their columns."""
+PARTS = ("ce", "kl", "rkl", "entropy", "collision")
+"""The loss's five, and the order of their columns. A column of collisions is None where no token bears one: nearly always."""
 
 CHUNK_BYTES = 1 << 27
 """Bytes of one [chunk, vocabulary] float32 buffer of scoring."""
@@ -47,15 +47,17 @@ WEIGHT_ROWS = 8_192
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """The four weights of N tokens."""
+    """The five weights of N tokens."""
 
     ce_N: Tensor
     kl_N: Tensor
     rkl_N: Tensor
     entropy_N: Tensor
+    collision_N: Tensor | None = None
 
     def chunk(self, rows: slice) -> Weights:
-        return Weights(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Weights(**{name: column[rows] for name, column in columns.items() if column is not None})
 
 
 class Live(Protocol):
@@ -82,29 +84,34 @@ class Targets:
     entropy_N: Tensor
     teacher: SparseRows | DenseRows | None
     """None: no token has a weight on a divergence."""
+    collision_N: Tensor | None = None
     temperature: float = 1.0
     """Of both sides of a divergence, in values as in gradients; other than 1 only against a dense teacher. Any factor that makes up
     for a temperature is part of the weights."""
     live: Live | None = None
-    """Decides all weights in the place of the four columns; never gives one on the entropy, whose gradient needs to be planned for."""
+    """Decides all weights in the place of the columns; never gives one on entropy or collision, whose gradients need to be planned
+    for."""
 
     @property
     def weights(self) -> Weights:
-        return Weights(ce_N=self.ce_N, kl_N=self.kl_N, rkl_N=self.rkl_N, entropy_N=self.entropy_N)
+        return Weights(**{f"{part}_N": getattr(self, f"{part}_N") for part in PARTS})
 
     def to(self, device: torch.device) -> Targets:
-        columns = {name: getattr(self, name).to(device) for name in ("labels_N", "ce_N", "kl_N", "rkl_N", "entropy_N")}
-        return replace(self, **columns, teacher=self.teacher and self.teacher.to(device))
+        columns = {name: getattr(self, name) for name in ("labels_N", *(f"{part}_N" for part in PARTS))}
+        moved = {name: column.to(device) for name, column in columns.items() if column is not None}
+        return replace(self, **moved, teacher=self.teacher and self.teacher.to(device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenValues:
-    """What was measured per token, unweighted, in nats. Divergences are 0 without a teacher; entropies are None unless asked for."""
+    """What was measured per token, unweighted, in nats. Divergences are 0 without a teacher; entropies are None unless asked for, and
+    so is the collision, which has no unit."""
 
     ce_N: Tensor
     kl_N: Tensor
     rkl_N: Tensor
     entropy_N: Tensor | None
+    collision_N: Tensor | None = None
     top_entropy_N: Tensor | None = None
     weights: Weights | None = None
     """What each token was trained with; None where nothing was trained."""
@@ -134,11 +141,12 @@ def token_loss(
 
     The caller divides by the step's normaliser (law 7): nothing here knows how many tokens other ranks or micro-batches have.
     """
-    loss, ce_N, kl_N, rkl_N, entropy_N, *decided = _TokenLoss.apply(
+    loss, *told = _TokenLoss.apply(
         hidden_ND, weight_VD, bias_V, targets, shape, chunk or loss_chunk(shape, targets.teacher, hidden_ND.dtype)
     )  # pyright: ignore[reportGeneralTypeIssues]  (autograd functions are untyped)
-    columns = dict(zip(("ce_N", "kl_N", "rkl_N", "entropy_N"), decided, strict=True))
-    return loss, TokenValues(ce_N=ce_N, kl_N=kl_N, rkl_N=rkl_N, entropy_N=entropy_N, weights=Weights(**columns))
+    names = [f"{part}_N" for part in PARTS]
+    values, decided = (dict(zip(names, half, strict=True)) for half in (told[: len(names)], told[len(names) :]))
+    return loss, TokenValues(**values, weights=Weights(**decided))
 
 
 def measure(
@@ -177,30 +185,32 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets: Targets, shape: LogitShape, size: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
+        """The loss, each of PARTS' values, and each of PARTS' weights."""
         live = targets.live
         wants_entropy = live is None and bool((targets.entropy_N != 0).any())
+        wants_collision = live is None and targets.collision_N is not None
+        planned = [part for part, wanted in (("entropy", wants_entropy), ("collision", wants_collision)) if wanted]
         weights = targets.weights if live is None else _blank(hidden_ND)
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
-        values = [hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32) for _ in range(4)]
+        values = {name: hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32) for name in (*PARTS[:3], *planned)}
+        asked = frozenset(planned) if live is None else live.fields
 
         for rows in _chunks(len(hidden_ND), size):
             logits_CV = shape.logits(hidden_ND[rows], weight_VD, bias_V)
             seen_CV = logits_CV.clone() if shape.softcap is not None else None
-            asked = frozenset({"entropy"}) if wants_entropy else live.fields if live is not None else frozenset()
             chunk = _compare(logits_CV, targets, rows, asked)
-            told = PARTS if wants_entropy else PARTS[:3]
-            for column, name in zip(values, told, strict=False):
+            for name, column in values.items():
                 column[rows] = chunk.value(name)
             given = weights.chunk(rows)
             if live is not None:
                 decided = live.decide(rows, {name: chunk.value(name) for name in live.fields})
                 for name in ("ce_N", "kl_N", "rkl_N"):
                     getattr(given, name).copy_(getattr(decided, name))
-            bonus_C = given.entropy_N if wants_entropy else None
-            grad_CV = shape.back(chunk.gradient(given.ce_N, given.kl_N, given.rkl_N, bonus_C), seen_CV)
+            bonus_C, spread_C = given.entropy_N if wants_entropy else None, given.collision_N if wants_collision else None
+            grad_CV = shape.back(chunk.gradient(given.ce_N, given.kl_N, given.rkl_N, bonus_C, spread_C), seen_CV)
             del logits_CV, seen_CV, chunk  # the buffers, before those of the next chunk
             if grad_bias_V is not None:
                 grad_bias_V[: shape.rows] += grad_CV.sum(0)
@@ -209,15 +219,16 @@ class _TokenLoss(torch.autograd.Function):
             _add_product(grad_weight_VD[: shape.rows], grad_CV, hidden_ND[rows])
             del grad_CV
 
-        ce_N, kl_N, rkl_N, entropy_N = values
-        loss = (weights.ce_N * ce_N).sum() + (weights.kl_N * kl_N).sum() + (weights.rkl_N * rkl_N).sum()
+        loss = (weights.ce_N * values["ce"]).sum() + (weights.kl_N * values["kl"]).sum() + (weights.rkl_N * values["rkl"]).sum()
         if wants_entropy:
-            loss = loss - (weights.entropy_N * entropy_N).sum()
+            loss = loss - (weights.entropy_N * values["entropy"]).sum()
+        if weights.collision_N is not None:
+            loss = loss + (weights.collision_N * values["collision"]).sum()
         grad_bias_V = None if grad_bias_V is None or bias_V is None else grad_bias_V.to(bias_V.dtype)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), grad_bias_V)
-        columns = (weights.ce_N, weights.kl_N, weights.rkl_N, weights.entropy_N)
-        ctx.mark_non_differentiable(ce_N, kl_N, rkl_N, entropy_N, *columns)
-        return loss, ce_N, kl_N, rkl_N, entropy_N if wants_entropy else None, *columns
+        columns = [getattr(weights, f"{part}_N") for part in PARTS]
+        ctx.mark_non_differentiable(*values.values(), *(column for column in columns if column is not None))
+        return loss, *(values.get(part) for part in PARTS), *columns
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -246,5 +257,6 @@ def _add_product(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
 
 
 def _blank(hidden_ND: Tensor) -> Weights:
-    columns = {f.name: hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32) for f in fields(Weights)}
-    return Weights(**columns)
+    """Weights of 0, but for the collision, which nobody decides here."""
+    ce_N, kl_N, rkl_N, entropy_N = (hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32) for _ in range(4))
+    return Weights(ce_N=ce_N, kl_N=kl_N, rkl_N=rkl_N, entropy_N=entropy_N)

@@ -1,8 +1,11 @@
 """Signals in, treatment out: the algebra that every objective speaks.
 
-An objective looks at what is known of each supervised token and says what to do with it, as four non-negative weights:
+An objective looks at what is known of each supervised token and says what to do with it, as five weights, none of them negative but
+the entropy's:
 
-    loss_t = ce_t * CE(y_t, p) + kl_t * KL(q||p) + rkl_t * KL(p||q) - entropy_t * H(p)
+    loss_t = ce_t * CE(y_t, p) + kl_t * KL(q||p) + rkl_t * KL(p||q) - entropy_t * H(p) + collision_t * C(p)
+
+with C(p) the sum of p_v squared, the chance that two draws from p are the same token.
 
 Every token belongs to a group, nearly always the only one. The step's loss is the sum over groups of
 
@@ -31,7 +34,6 @@ Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
 LiveField = Literal["label_logprob", "entropy", "top_entropy", "kl", "rkl"]
-Wiring = Literal["live", "groups", "prompt_kl", "document", "anchors"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,8 @@ class Signals:
     """How many tokens the student's distribution is over, for entropies as a share of the highest possible one; 0: not said."""
     rounding: float = 1e-5
     """Nats by which two passes of equal weights over the same token may be apart."""
+    follows: Mask | None = None
+    """Which tokens stand right behind another supervised one; None: all but the first."""
     live: LiveSignals | None = None
     """Given to rules that are `live`, None to all others."""
 
@@ -91,7 +95,7 @@ class Signals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Treatment:
-    """Four weights per token, what the token adds to the normaliser, and which normaliser that is."""
+    """Five weights per token, what the token adds to the normaliser, and which normaliser that is."""
 
     ce: Floats
     kl: Floats
@@ -100,8 +104,12 @@ class Treatment:
     count: Floats
     group: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
     """Left out: all tokens are of group 0."""
+    collision: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    """Left out: no token has one. It exists for `eksft`'s replica of published code, and costs others nothing."""
 
     def __post_init__(self) -> None:
+        if len(self.collision) == 0:
+            object.__setattr__(self, "collision", np.broadcast_to(np.float32(0), (len(self.count),)))
         if len(self.group) == 0:
             object.__setattr__(self, "group", np.zeros(len(self.count), np.uint8))
         elif len(self.group) != len(self.count):
@@ -110,7 +118,8 @@ class Treatment:
 
 def treatment(
     tokens: int, *, ce: Floats | float = 0.0, kl: Floats | float = 0.0, rkl: Floats | float = 0.0,
-    entropy: Floats | float = 0.0, count: Floats | float = 1.0, group: npt.NDArray[np.uint8] | int = 0,
+    entropy: Floats | float = 0.0, collision: Floats | float = 0.0, count: Floats | float = 1.0,
+    group: npt.NDArray[np.uint8] | int = 0,
 ) -> Treatment:  # fmt: skip
     """Spreads numbers over `tokens` tokens; arrays are taken as they are."""
 
@@ -118,12 +127,20 @@ def treatment(
         return np.broadcast_to(np.asarray(value, np.float32), (tokens,))
 
     groups = np.broadcast_to(np.asarray(group, np.uint8), (tokens,))
-    return Treatment(ce=column(ce), kl=column(kl), rkl=column(rkl), entropy=column(entropy), count=column(count), group=groups)
+    return Treatment(
+        ce=column(ce), kl=column(kl), rkl=column(rkl), entropy=column(entropy), collision=column(collision), count=column(count),
+        group=groups,
+    )  # fmt: skip
 
 
 def share_of(fraction: float, tokens: int) -> int:
     """floor(fraction * tokens), meant as decimals: 0.29 of 100 is 29, though the product in binary is a hair below."""
     return math.floor(fraction * tokens + 1e-9)
+
+
+def follows(supervised: Mask) -> Mask:
+    """Of each of a document's supervised tokens, whether it stands right behind another one."""
+    return np.diff(np.flatnonzero(supervised), prepend=-2) == 1
 
 
 def highest(values: Floats, count: int) -> Mask:
@@ -196,15 +213,6 @@ class ObjectiveRule(Section):
     def groups(self) -> int:
         """How many normalisers a step has; groups are numbered from 0."""
         return 1
-
-    @property
-    def wiring(self) -> frozenset[Wiring]:
-        """What the rule asks of the engine beyond weights from cached signals and one normaliser."""
-        asked: dict[Wiring, bool] = {
-            "live": self.live != "no", "groups": self.groups > 1, "prompt_kl": self.prompt_kl > 0,
-            "document": self.needs_document, "anchors": self.needs_anchors,
-        }  # fmt: skip
-        return frozenset(name for name, needed in asked.items() if needed)
 
     def treat(self, signals: Signals) -> Treatment:
         """The weights of each token of one document. Pure: no state, no randomness beyond what settings and document fix. `count` and

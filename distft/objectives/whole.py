@@ -2,7 +2,8 @@
 
 All tokens are kept, and there is no tail; here alone a temperature T can soften both sides. The divergences are those of softmax(z/T):
 
-    v:  p_v * [ ce + entropy*(log p_v + H) ]  +  1/T * ( s_v * [ kl + rkl*(log(s_v/q_v) - R) ] - kl*q_v )       R = KL(s||q)
+    v:  p_v * [ ce + entropy*(log p_v + H) + collision*2*(p_v - C) ]
+        + 1/T * ( s_v * [ kl + rkl*(log(s_v/q_v) - R) ] - kl*q_v )       R = KL(s||q)
     label y: the above - ce
 
 with p at temperature 1, s and q at T. There are two buffers, log p and log q, the second only of the tokens that are held; whatever is
@@ -18,7 +19,7 @@ from bisect import bisect_left
 import torch
 from torch import Tensor
 
-from distft.objectives.chunk import entropy_slope, top_entropy
+from distft.objectives.chunk import collision_pull, entropy_slope, top_entropy
 from distft.objectives.distributions import LOWEST, DenseRows, blocks
 
 
@@ -26,6 +27,7 @@ class WholeChunk:
     """As `Chunk`. `logprobs_CV`, in the buffer of the logits, holds log p."""
 
     entropy_C: Tensor
+    collision_C: Tensor
     top_entropy_C: Tensor
 
     def __init__(
@@ -40,6 +42,8 @@ class WholeChunk:
         self.lse_C, self.kl_C, self.exact_rkl_C = (torch.zeros_like(label_logit_C) for _ in range(3))
         if "entropy" in asked:
             self.entropy_C = torch.zeros_like(label_logit_C)
+        if "collision" in asked:
+            self.collision_C = torch.zeros_like(label_logit_C)
         self.teacher_KV = teacher.head.logprobs(teacher.hidden_NT, temperature)  # log q
         self.logprobs_CV = logits_CV
         for rows in blocks(len(labels_C)):
@@ -47,6 +51,8 @@ class WholeChunk:
             logprobs_BV = logits_CV[rows].sub_(self.lse_C[rows, None]).clamp_min_(LOWEST)
             if "entropy" in asked:
                 self.entropy_C[rows] = -_row_dots(logprobs_BV.exp(), logprobs_BV)
+            if "collision" in asked:
+                self.collision_C[rows] = logprobs_BV.exp().square_().sum(1)
             self._compare(rows)
         self.ce_C = self.lse_C - label_logit_C
         # Rounding may leave -1e-8 where p equals q. Only the reported value is clamped; gradients use the exact terms.
@@ -78,7 +84,9 @@ class WholeChunk:
         """See `Chunk.value`."""
         return -self.ce_C if name == "label_logprob" else getattr(self, f"{name}_C")
 
-    def gradient(self, ce_C: Tensor, kl_C: Tensor, rkl_C: Tensor, bonus_C: Tensor | None = None) -> Tensor:
+    def gradient(
+        self, ce_C: Tensor, kl_C: Tensor, rkl_C: Tensor, bonus_C: Tensor | None = None, spread_C: Tensor | None = None
+    ) -> Tensor:
         """See `Chunk.gradient`. Consumes both buffers."""
         grad_CV = self.logprobs_CV
         for rows in blocks(len(ce_C)):
@@ -88,7 +96,10 @@ class WholeChunk:
             if bonus_C is not None:
                 probs_BV = grad_CV[rows].exp()
                 slope_BV = entropy_slope(grad_CV[rows] * probs_BV, probs_BV, self.entropy_C[rows], bonus_C[rows])
-            grad_CV[rows].exp_().mul_(ce_C[rows, None])
+            probs_BV, pulled_BV = grad_CV[rows].exp_(), ce_C[rows, None]
+            if spread_C is not None:
+                pulled_BV = collision_pull(probs_BV, self.collision_C[rows], spread_C[rows]).add_(pulled_BV)
+            probs_BV.mul_(pulled_BV)
             for part_BV, places in ((pull_BV, where), (slope_BV, rows)):
                 if part_BV is not None:
                     grad_CV[places] += part_BV

@@ -57,8 +57,8 @@ class LiveTreatment:
         device = next(iter(seen.values())).device
         live = live_signals(len(signals), **{name: _floats(value)[answers] for name, value in seen.items()})
         made = self.rule.treat(replace(signals, live=live))
-        if made.entropy.any():
-            raise ValueError("a rule of single tokens gives a weight on the entropy, which the loss has not planned for")
+        if made.entropy.any() or made.collision.any():
+            raise ValueError("a rule of single tokens gives a weight on entropy or collision, which the loss has not planned for")
         return self._weights([made], answers, self.fixed[rows], device)
 
     def settle(self, seen: TokenValues, targets: Targets) -> tuple[Targets, Tensor]:
@@ -72,14 +72,20 @@ class LiveTreatment:
             start = stop
         weights = self._weights(made, self.answers, self.fixed, seen.ce_N.device)
         held_N = (weights.kl_N != 0) | (weights.rkl_N != 0)
-        borne_N = (held_N | (weights.ce_N != 0) | (weights.entropy_N != 0)).nonzero().squeeze(1)
-        columns = {f"{name}_N": getattr(weights, f"{name}_N")[borne_N] for name in PARTS}
+        bears_N = held_N | (weights.ce_N != 0) | (weights.entropy_N != 0)
+        if weights.collision_N is not None:
+            bears_N |= weights.collision_N != 0
+        borne_N = bears_N.nonzero().squeeze(1)
+        given = {f"{name}_N": getattr(weights, f"{name}_N") for name in PARTS}
+        columns = {name: column[borne_N] for name, column in given.items() if column is not None}
         teacher = targets.teacher and targets.teacher.select(borne_N, held_N[borne_N])
         return replace(targets, labels_N=targets.labels_N[borne_N], **columns, teacher=teacher), borne_N
 
     def _weights(self, made: Sequence[Treatment], answers: npt.NDArray[np.bool_], fixed: Floats, device: torch.device) -> Weights:
         columns: dict[str, Tensor] = {}
         for name in PARTS:
+            if name == "collision" and not any(one.collision.any() for one in made):
+                continue
             column = fixed.copy() if name == "kl" else np.zeros_like(fixed)
             column[answers] = np.concatenate([np.zeros(0, np.float32), *(getattr(one, name) for one in made)])
             if name in ("kl", "rkl"):

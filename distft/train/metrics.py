@@ -2,8 +2,9 @@
 
 `loss` is what was minimised. `ce`, `kl`, `rkl` and `entropy` are unweighted means in nats over the tokens that bear that weight,
 `share_*` is how many those tokens are for each that the normaliser counts (above 1 where a held prompt is longer than its answer), and
-`mass_*` is what the part adds to the loss, in nats: the four add up to it, an entropy bonus counting below 0. A resumed run drops the
-lines after its checkpoint and goes on.
+`mass_*` is what the part adds to the loss, in nats: all add up to it, an entropy bonus counting below 0. `collision`, which has no
+unit, is there only in steps where a token bears its weight. Where the normaliser counts sequences, so do shares: they are tokens for
+each. A resumed run drops the lines after its checkpoint and goes on.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ class MetricsLog:
 
 def step_line(step: int, values: StepValues, *, normaliser: float, tokens: int, lr: float, seconds: float) -> dict[str, Any]:
     line: dict[str, Any] = {"step": step, "loss": values.loss}
-    for part, total in values.sums.items():
-        line[part] = total / values.counts[part] if values.counts[part] else 0.0
-    for part, count in values.counts.items():
+    counts = {part: count for part, count in values.counts.items() if part != "collision" or count}
+    for part, count in counts.items():
+        line[part] = values.sums[part] / count if count else 0.0
+    for part, count in counts.items():
         line[f"share_{part}"] = count / normaliser
-    line |= {f"mass_{part}": mass for part, mass in values.masses.items()}
+    line |= {f"mass_{part}": values.masses[part] for part in counts}
     return {**line, "tokens": tokens, "lr": lr, "grad_norm": values.grad_norm, "tokens_per_second": tokens / max(seconds, 1e-9)}

@@ -14,7 +14,7 @@ from distft.corpus.reader import Document
 from distft.engine.base import MicroBatch
 from distft.engine.pack import lay_out, pack
 from distft.objectives.distributions import DenseRows, SparseRows
-from distft.objectives.loss import Targets
+from distft.objectives.loss import PARTS, Targets
 from distft.objectives.treatment import Mask, Signals, Treatment
 from distft.teacher.cache import sparse_rows
 from distft.teacher.scores import Scores
@@ -36,9 +36,9 @@ class Treated:
 
     def reached(self) -> Treated:
         """Those of the tokens that have a weight. Without one on a divergence a token's distribution is taken away, too."""
-        ce, kl, rkl, entropy = (getattr(self.treatment, name) for name in ("ce", "kl", "rkl", "entropy"))
+        ce, kl, rkl, entropy, collision = (getattr(self.treatment, name) for name in PARTS)
         held: Mask = (kl != 0) | (rkl != 0)
-        borne: Mask = held | (ce != 0) | (entropy != 0)
+        borne: Mask = held | (ce != 0) | (entropy != 0) | (collision != 0)
         kept = Treatment(**{name: getattr(self.treatment, name)[borne] for name in self.treatment.__slots__})
         scores = None if self.scores is None else _silence(self.scores.select(borne), held[borne])
         return replace(self, places=self.places[borne], treatment=kept, scores=scores, signals=None)
@@ -67,7 +67,8 @@ def micro_batch(
         f"{name}_N": torch.from_numpy(
             np.concatenate([np.zeros(0, np.float32), *(getattr(one.treatment, name) for one in treated)])
         )
-        for name in ("ce", "kl", "rkl", "entropy")
+        for name in PARTS
+        if name != "collision" or any(one.treatment.collision.any() for one in treated)
     }
     held_N = (columns["kl_N"] != 0) | (columns["rkl_N"] != 0)
     if live is not None and live.asks:
@@ -99,7 +100,7 @@ def scaled(batch: MicroBatch, factor_N: npt.NDArray[np.float32], *, kl_factor: f
         return replace(batch, targets=replace(targets, live=changed))
     return replace(batch, targets=replace(
         targets, ce_N=targets.ce_N * factors, kl_N=targets.kl_N * factors * kl_factor, rkl_N=targets.rkl_N * factors * kl_factor,
-        entropy_N=targets.entropy_N * factors,
+        entropy_N=targets.entropy_N * factors, collision_N=None if targets.collision_N is None else targets.collision_N * factors,
     ))  # fmt: skip
 
 

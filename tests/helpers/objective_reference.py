@@ -28,6 +28,12 @@ class Doc:
     labels: list[int]
     anchors: list[bool]
     name: str
+    places: list[int] | None = None
+    """Where the tokens stand in their document; None: one behind the other, from 1 on."""
+
+    @property
+    def standing(self) -> list[int]:
+        return list(range(1, len(self) + 1)) if self.places is None else self.places
 
     @property
     def digest(self) -> str:
@@ -39,7 +45,7 @@ class Doc:
 
 def invent(lengths: list[int], *, seed: int, vocabulary: int = 29, moved: float = 1.0) -> list[Doc]:
     """Documents of random distributions; `moved` is how far the student is from its teacher. Labels lean towards likely tokens, so
-    that there are some on both sides of every threshold."""
+    that there are some on both sides of every threshold. Supervised tokens come in runs of five."""
     random = torch.Generator().manual_seed(seed)
     docs = []
     for number, length in enumerate(lengths):
@@ -47,7 +53,8 @@ def invent(lengths: list[int], *, seed: int, vocabulary: int = 29, moved: float 
         student = teacher + moved * torch.randn(length, vocabulary, generator=random, dtype=torch.float64)
         drawn = torch.multinomial(torch.softmax(1.5 * teacher, 1), 1, generator=random).squeeze(1)
         anchors = (torch.rand(length, generator=random) < 0.3).tolist()
-        docs.append(Doc(student, teacher, drawn.tolist(), anchors, f"document {number} of seed {seed}"))
+        runs = [1 + t + 2 * (t // 5) for t in range(length)]
+        docs.append(Doc(student, teacher, drawn.tolist(), anchors, f"document {number} of seed {seed}", runs))
     return docs
 
 
@@ -157,7 +164,32 @@ def eksft_sequence(doc: Doc, *, rho: float, lambda_kl: float, lambda_entropy: fl
     )
 
 
-def eksft(docs: list[Doc], **how: Any) -> Tensor:
+def eksft_published_sequence(doc: Doc, *, rho: float, lambda_kl: float, lambda_entropy: float, combine: str = "union") -> Tensor:
+    """As the authors' code has it, in its own terms: at position i there are the label of token i, -100 where it is not supervised,
+    and logits about token i + 1. Scores and masks are by position. What follows a run is left out: nobody knows its teacher."""
+    token_at = {place: t for t, place in enumerate(doc.standing)}
+    about = {place: token_at[place + 1] for place in token_at if place + 1 in token_at}  # of positions with a label: which token
+    still, k = doc.student.detach(), int(Decimal(str(rho)) * len(doc))
+    by_entropy = sorted(about, key=lambda i: (-float(entropy(still[about[i]])), i))
+    by_kl = sorted(about, key=lambda i: (-float(reverse_kl(replace(doc, student=still), about[i])), i))
+    entropy_mask, kl_mask = set(by_entropy[:k]), set(by_kl[:k])
+    masked = entropy_mask | kl_mask if combine == "union" else entropy_mask & kl_mask
+    labels = [t for place, t in token_at.items() if place not in masked]
+
+    def regulariser(t: int) -> Tensor:
+        p, log_q = torch.softmax(doc.student[t], 0), log_p(doc.teacher[t])
+        return (p * (p - log_q)).sum()
+
+    return (
+        mean([cross_entropy(doc, t) for t in labels])
+        - 1.05 * lambda_entropy * mean([entropy(doc.student[about[i]]) / math.log(doc.student.shape[1]) for i in entropy_mask])
+        + 0.95 * lambda_kl * mean([regulariser(about[i]) for i in kl_mask])
+    )
+
+
+def eksft(docs: list[Doc], *, variant: str = "paper", **how: Any) -> Tensor:
+    if variant == "published_code":
+        return mean([eksft_published_sequence(doc, **how) for doc in docs])
     return total([len(doc) * eksft_sequence(doc, **how) for doc in docs]) / sum(len(doc) for doc in docs)
 
 

@@ -43,6 +43,9 @@ CATALOG: dict[str, dict[str, Any]] = {
     "eksft": EKSFT,
     "eksft, intersection": {**EKSFT, "rho": 0.6, "combine": "intersection"},
     "eksft, prompt held": {**EKSFT, "prompt_kl": 0.7},
+    "eksft, published code": {**EKSFT, "variant": "published_code"},
+    "eksft, published code, intersection": {**EKSFT, "variant": "published_code", "rho": 0.6, "combine": "intersection"},
+    "eksft, published code, prompt held": {**EKSFT, "variant": "published_code", "prompt_kl": 0.7},
     "eaft": {"kind": "eaft", "alpha": 0.5},
     "eaft, prompt held": {"kind": "eaft", "alpha": 2.0, "prompt_kl": 0.7},
     "dft": {"kind": "dft"},
@@ -93,10 +96,11 @@ def step_of_the_paper(made: Lab, settings: dict[str, Any], student: ModelFolder,
         rest = np.setdiff1d(np.arange(1, len(one.tokens)), spoken)
         for found, places in ((answers, spoken), (prompts, rest)):
             labels = one.tokens[places].astype(int).tolist()
-            found.append(Doc(said[places - 1], heard[places - 1], labels, [False] * len(places), one.digest))
+            found.append(Doc(said[places - 1], heard[places - 1], labels, [False] * len(places), one.digest, places.tolist()))
     loss = _formula(settings, answers)
     if settings.get("prompt_kl"):
-        counts = [len(doc) - len(_masked(settings, doc) if settings["kind"] == "stm" else ()) for doc in answers]
+        alike = settings.get("variant") == "published_code"  # every sequence weighs the same
+        counts = [1 if alike else len(doc) - len(_masked(settings, doc) if settings["kind"] == "stm" else ()) for doc in answers]
         held = [n * papers.mean([papers.forward_kl(p, t) for t in range(len(p))]) for n, p in zip(counts, prompts, strict=True)]
         loss = loss + settings["prompt_kl"] * papers.total(held) / sum(counts)
     loss.backward()

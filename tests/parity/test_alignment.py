@@ -86,7 +86,7 @@ def test_the_step_is_what_was_worked_out_by_hand(tmp_path: Path, monkeypatch: py
     assert values.loss == pytest.approx((ce + 2 * kl) / 4, rel=1e-3)  # float16 log-probabilities
     assert values.sums["ce"] == pytest.approx(ce, rel=1e-6)
     assert values.sums["kl"] == pytest.approx(kl, rel=1e-2)  # a difference of float16 numbers
-    assert values.counts == {"ce": 4, "kl": 4, "rkl": 0, "entropy": 0}
+    assert values.counts == {"ce": 4, "kl": 4, "rkl": 0, "entropy": 0, "collision": 0}
 
     # After 3 the labels are 1 and 0: p - onehot twice; the divergence pulls 0 up, leaves 1, and lets the tail halve.
     after_3 = np.array([2 / 4 - 1, 2 / 4 - 1, 2 / 4, 2 / 8, 2 / 8]) + 2 * 2 * np.array([-1 / 4, 0, 1 / 8, 1 / 16, 1 / 16])

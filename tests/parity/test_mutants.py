@@ -31,7 +31,7 @@ from tests.parity import (
     test_papers,
     test_resume,
 )
-from tests.unit.objectives import test_against_papers, test_catalog, test_dense_teacher, test_loss
+from tests.unit.objectives import test_against_papers, test_catalog, test_collision, test_dense_teacher, test_loss
 from tests.unit.teacher import test_cache, test_encode, test_forward, test_planes
 from tests.unit.train import test_bad_numbers, test_batches
 
@@ -55,6 +55,8 @@ BY_HAND = guard(test_alignment.test_the_step_is_what_was_worked_out_by_hand)
 CACHED = guard(test_alignment.test_the_cache_holds_what_was_worked_out_by_hand)
 LIVE = guard(test_alignment.test_the_cache_is_the_live_model_at_every_position, family="llama_untied_padded", attention="sdpa")
 FORMULAS = guard(test_loss.test_value_and_gradients_are_those_of_the_formulas, shape="all", weights="mixed", bias=True)
+COLLISION = partial(guard, test_collision.test_value_and_gradient_are_those_of_the_formula, shape="plain", weights=None, chunk=4)
+PUBLISHED = "eksft, published code"
 EIGHT_WAYS = guard(test_normaliser.test_one_by_eight_two_by_four_and_eight_by_one_are_the_same_step, objective="stm_kl")
 PACKED = guard(
     test_packing.test_packed_documents_see_themselves_alone, family="llama", attention="sdpa", end_to_end=False
@@ -80,6 +82,7 @@ RULE = "distft.objectives.catalog."
 WHOLE = "distft.objectives.whole:WholeChunk."
 LOSS, CHUNK, DISTRIBUTIONS = "distft.objectives.loss:", "distft.objectives.chunk:Chunk.", "distft.objectives.distributions:"
 BATCHES, TARGETS, ENGINE = "distft.train.batches:", "distft.train.targets:", "distft.engine.local:LocalEngine."
+STEPPER = "distft.engine.step:Stepper."
 LIVE_RULE = "distft.train.live:LiveTreatment."
 FORWARD = "distft.teacher.forward:"
 
@@ -200,6 +203,44 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant(f"{RULE}eksft:_spread", "n / max(1, int(chosen.sum()))", "1"), [guard(PAPER, case="eksft")]),
     "eksft's entropy is in nats": (
         Mutant(f"{RULE}eksft:Eksft._bonus", " / math.log(signals.vocabulary)", ""), [guard(PAPER, case="eksft")]),
+    "published eksft's mask is shifted back": (
+        Mutant(f"{RULE}eksft:Eksft._as_published", "np.append(masked[1:], np.zeros(min(n, 1), np.bool_))", "masked"),
+        [guard(PAPER, case=PUBLISHED), guard(HAND, name="eksft published"), guard(STEP, teacher=ALL, case=PUBLISHED)]),
+    "published eksft masks the token behind": (
+        Mutant(f"{RULE}eksft:Eksft._as_published", "np.append(masked[1:], np.zeros(min(n, 1), np.bool_))", "np.roll(masked, 1)"),
+        [guard(PAPER, case=PUBLISHED), guard(STEP, teacher=ALL, case=PUBLISHED)]),
+    "published eksft scores what begins a run": (
+        Mutant(f"{RULE}eksft:Eksft._as_published", "np.arange(n) > 0 if signals.follows is None", "np.arange(n) > 0 if True"),
+        [guard(PAPER, case=PUBLISHED), guard(STEP, teacher=ALL, case=f"{PUBLISHED}, intersection")]),
+    "published eksft is not told of runs": (
+        Mutant(f"{BATCHES}Feed._treated", "follows=follows(document.supervised)", "follows=None"),
+        [guard(STEP, teacher=teacher, case=f"{PUBLISHED}, intersection") for teacher in (ALL, EXACT)]),
+    "published eksft has log p where the code has p": (
+        Mutant(f"{RULE}eksft:Eksft._as_published", "entropy=bonus - held, collision=held", "entropy=bonus"),
+        [guard(PAPER, case=PUBLISHED), guard(HAND, name="eksft published"), guard(STEP, teacher=EXACT, case=PUBLISHED)]),
+    "published eksft forgets to nudge what holds": (
+        Mutant(f"{RULE}eksft:Eksft._as_published", "NUDGED_KL * ", ""),
+        [guard(PAPER, case=PUBLISHED), guard(HAND, name="eksft published")]),
+    "published eksft forgets to nudge its bonus": (
+        Mutant(f"{RULE}eksft:Eksft._as_published", "NUDGED_ENTROPY * ", ""),
+        [guard(PAPER, case=PUBLISHED), guard(HAND, name="eksft published")]),
+    "published eksft weighs sequences by their tokens": (
+        Mutant(f"{RULE}eksft:Eksft._as_published",
+               "ce=_spread(1, learned), rkl=held, entropy=bonus - held, collision=held, count=1 / max(1, n)",
+               "ce=_spread(n, learned), rkl=n * held, entropy=n * (bonus - held), collision=n * held"),
+        [guard(PAPER, case=PUBLISHED), guard(STEP, teacher=ALL, case=PUBLISHED)]),
+    "the collision leaves out what is kept": (
+        Mutant(f"{CHUNK}_collision", "collision_C + self._row_sum(self.kept_M.square())", "collision_C"),
+        [COLLISION(kind="truncated"), COLLISION(kind="all kept"), guard(STEP, teacher=ALL, case=PUBLISHED)]),
+    "the collision's gradient has no mean on what is kept": (
+        Mutant(f"{CHUNK}gradient", "(self.kept_M - self.collision_C[row_M])", "self.kept_M"),
+        [COLLISION(kind="truncated"), COLLISION(kind="all kept")]),
+    "the collision's gradient is half": (
+        Mutant("distft.objectives.chunk:collision_pull", "2 * spread_B", "spread_B"),
+        [COLLISION(kind="none"), COLLISION(kind="truncated"), COLLISION(kind="dense")]),
+    "a dense teacher's student does not collide": (
+        Mutant(f"{WHOLE}gradient", "if spread_C is not None:", "if False:"),
+        [COLLISION(kind="dense"), COLLISION(kind="some dense"), guard(STEP, teacher=EXACT, case=PUBLISHED)]),
     "lwf learns what the teacher knows": (
         Mutant(f"{RULE}lwf:Lwf.learned", "label_logprob < math.log", "label_logprob >= math.log"),
         [guard(PAPER, case="lwf, floor"), guard(HAND, name="lwf"), guard(test_catalog.test_lwf_learns_what_stm_masks)]),
@@ -258,7 +299,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant("distft.train.stage:train_run", ", rounding=ROUNDING[_coarser(run)]", ""),
         [guard(test_normaliser.test_a_run_tells_the_rule_how_much_is_rounding)]),
     "a step that trains nothing is taken": (
-        Mutant(f"{ENGINE}train_step", 'if not figures[FIGURES.index("counts")].any():', "if False:"),
+        Mutant(f"{STEPPER}train_step", 'if not figures[FIGURES.index("counts")].any():', "if False:"),
         [guard(test_bad_numbers.test_a_live_rule_that_masks_a_whole_step_says_so, rule=Eksft)]),
     # --- the drift budget
     "what a budget measures is no part of the run": (
@@ -308,7 +349,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant(f"{LOSS}_TokenLoss.forward", "chunk.gradient(given.ce_N,", "chunk.gradient(given.ce_N * 0 + 1,"),
         [guard(STEP, teacher=ALL, case="dft"), guard(STEP, teacher=EXACT, case="eaft")]),
     "the loss mass of a part is not weighted": (
-        Mutant("distft.engine.local:_figures", "sign * (value_N * weight_N)", "sign * (value_N * borne_N)"),
+        Mutant("distft.engine.step:figures_of", "sign * (value_N * weight_N)", "sign * (value_N * borne_N)"),
         [guard(test_normaliser.test_one_by_eight_two_by_four_and_eight_by_one_are_the_same_step, objective="sft_kl")]),
     "a dense teacher's divergence is seen from the student": (
         Mutant(f"{WHOLE}_compare", "-_row_dots(teacher_BV.exp(), ratio_BV)", "_row_dots(soft_BV.exp(), ratio_BV)"),
@@ -322,8 +363,8 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
          guard(test_bad_numbers.test_hidden_states_are_looked_at_in_their_own_type, dtype="float32", word=0x7F80)]),
     # --- one normaliser, one order
     "the mean of micro-batch means": (
-        Mutant(f"{ENGINE}train_step", "(weighted_sum / normaliser).backward()",
-               "(weighted_sum / max(1, len(batch.predictor_N)) / len(micro_batches)).backward()"), [EIGHT_WAYS]),
+        Mutant(f"{ENGINE}_pass", "(weighted_sum / normaliser).backward()",
+               "(weighted_sum / max(1, len(batch.predictor_N))).backward()"), [EIGHT_WAYS]),
     "gradients of micro-batches add up in bfloat16": (
         Mutant(f"{ENGINE}_gather_gradients", "master.grad += parameter.grad",
                "master.grad = (master.grad.bfloat16() + parameter.grad).float()"),
@@ -345,10 +386,10 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         [PACKED]),
     # --- resume
     "a resumed optimizer begins its moments anew": (
-        Mutant(f"{ENGINE}restore", 'tensors[f"exp_avg_sq/{name}"].to(self.device, copy=True)',
-               'torch.zeros_like(tensors[f"exp_avg_sq/{name}"])'), [RESUMED]),
+        Mutant(f"{ENGINE}restore_slices", "copy_(getattr(piece, part))",
+               'copy_(getattr(piece, part) * (part != "exp_avg_sq"))'), [RESUMED]),
     "a resumed optimizer forgets its step": (
-        Mutant(f"{ENGINE}restore", "torch.tensor(float(optimizer_steps), device=self.device)", "torch.tensor(0.0)"), [RESUMED]),
+        Mutant(f"{ENGINE}restore_slices", "torch.tensor(float(optimizer_steps), device=self.device)", "torch.tensor(0.0)"), [RESUMED]),
     "a resumed run repeats a step": (
         Mutant("distft.train.stage:train_run", "first_step=done + 1", "first_step=max(1, done)"), [RESUMED]),
     "the schedule starts again": (

@@ -13,13 +13,9 @@ from distft.objectives.catalog.sft_kl import SftKl
 from distft.objectives.catalog.stm import Stm
 from distft.objectives.catalog.stm_kl import StmKl
 from distft.objectives.catalog.talr import Talr
-from distft.objectives.treatment import Wiring
 
 Objective = Sft | SftKl | Stm | StmKl | Lwf | Kd | Eksft | Eaft | Dft | Asft | Talr
 
-NOT_WIRED: frozenset[Wiring] = frozenset({"anchors"})
-"""What rules can ask for and training cannot give yet; `config.check` refuses them."""
-
 __all__ = [
-    "NOT_WIRED", "Asft", "Dft", "Eaft", "Eksft", "Kd", "Lwf", "Objective", "Sft", "SftKl", "Stm", "StmKl", "Talr",
+    "Asft", "Dft", "Eaft", "Eksft", "Kd", "Lwf", "Objective", "Sft", "SftKl", "Stm", "StmKl", "Talr",
 ]  # fmt: skip

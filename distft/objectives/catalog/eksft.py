@@ -9,11 +9,29 @@ A step is the mean of its sequences' losses weighted by their n, so weights carr
 1. An empty set adds nothing: below 1/rho tokens nothing is masked, and if M is all of R nothing is learned. Among equals the earlier
 token is chosen. Masks come from the student of this very step and are constants to the gradient.
 
-This is the paper's formula, not its published code, which shifts the mask by one token, takes p for log p in the divergence, chooses
-over a micro-batch, and nudges both lambdas by 5 % a step.
-
 While the student still is its teacher, KL(p||q) is rounding noise, and the k highest would be masked for no reason, others in each
 layout. So a token has moved only beyond `Signals.rounding`: at first M_KL is empty, and M is M_H or, as an intersection, empty too.
+
+That is the paper's formula. `variant: published_code` is what the authors' code computes instead (github.com/MINE-USTC/EKSFT), for
+whoever wants to reproduce its results:
+
+    loss = mean CE over R without M'  -  1.05 * lambda_entropy * mean H(p)/log V over M_H
+                                      +  0.95 * lambda_kl * mean [KL(p||q) + H(p) + sum of p_v^2] over M_KL
+
+- M' is the labels that stand right before M. The score at a position is about the next token, and the code masks the position's own
+  label. So the first label of a run of supervised tokens has no score there, since the position before it has no label. The last one
+  has: that of whatever follows the run. No teacher cache has a row for that, so here it is no candidate, its label is always learned,
+  and the k places go to the others.
+- The regulariser has p where it means log p: sum p (p - log q), which is the bracket. The choice of M_KL is by the right divergence.
+- Each lambda is nudged by 5 % from its setting at every step and never kept: lambda_entropy up where the mean over M_H is below 0.5,
+  as a share of log V, and lambda_kl up where the mean of the bracket is above 2, else down. Constants stand for that, as it comes out
+  in practice: the first holds wherever vocabularies are large, the second for as long as the bracket stays below 2.
+- A step is the plain mean of its sequences' losses, as of micro-batches of one: tokens count 1/n. Whether the code divides by its 8
+  accumulated micro-batches is up to the version of transformers; where it adds them up, its clip of 1 is `train.clip: 0.125` here.
+
+Of its step 0, where p = q, noise in bfloat16 chooses M_KL. Nobody can replicate that, so what has not moved is not chosen here either,
+and the same step is the same in every layout; once k tokens have moved there is no difference. Without any token chosen (k = 0) the
+code ends with a division by zero, and this does not.
 """
 
 from __future__ import annotations
@@ -22,9 +40,13 @@ import math
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from distft.objectives.treatment import Floats, LiveField, Mask, ObjectiveRule, Signals, Treatment, highest, share_of, treatment
+
+NUDGED_ENTROPY, NUDGED_KL = 1.05, 0.95
+"""What the published code makes of its two lambdas."""
 
 
 class Eksft(ObjectiveRule):
@@ -37,6 +59,17 @@ class Eksft(ObjectiveRule):
     """Weight of the entropy bonus, as a share of log V, on the tokens of the highest entropy."""
     combine: Literal["union", "intersection"] = "union"
     """Which tokens are not learned: those that either criterion chooses, or both."""
+    variant: Literal["paper", "published_code"] = "paper"
+    """paper: the formula of the paper; published_code: what its authors' code does, mistakes included."""
+
+    @model_validator(mode="after")
+    def _no_budget_for_a_replica(self) -> Eksft:
+        if self.variant == "published_code" and self.drift_budget is not None:
+            raise PydanticCustomError(
+                "variant", "drift_budget controls weights on divergences, and what variant: published_code holds by is more than a "
+                "divergence; take variant: paper, or drift_budget: null",
+            )  # fmt: skip
+        return self
 
     @property
     def holds(self) -> bool:
@@ -59,6 +92,8 @@ class Eksft(ObjectiveRule):
         return frozenset({"entropy", "rkl"})
 
     def treat(self, signals: Signals) -> Treatment:
+        if self.variant == "published_code":
+            return self._as_published(signals)
         n, live = len(signals), signals.student
         chosen = share_of(self.rho, n)
         unsure, moved = highest(live.entropy, chosen), highest(live.rkl, chosen) & (live.rkl > signals.rounding)
@@ -66,6 +101,18 @@ class Eksft(ObjectiveRule):
         return treatment(
             n, ce=_spread(n, ~masked), rkl=self.lambda_kl * _spread(n, moved), entropy=self._bonus(signals) * _spread(n, unsure)
         )
+
+    def _as_published(self, signals: Signals) -> Treatment:
+        n, live = len(signals), signals.student
+        scored = np.arange(n) > 0 if signals.follows is None else signals.follows
+        chosen = share_of(self.rho, n)
+        unsure, moved = (highest(np.where(scored, score, -np.inf), chosen) & scored for score in (live.entropy, live.rkl))
+        moved &= live.rkl > signals.rounding
+        masked = unsure | moved if self.combine == "union" else unsure & moved
+        learned = ~np.append(masked[1:], np.zeros(min(n, 1), np.bool_))  # the token before each that is chosen is not
+        held: Floats = _spread(1, moved) * np.float32(NUDGED_KL * self.lambda_kl)
+        bonus: Floats = _spread(1, unsure) * np.float32(NUDGED_ENTROPY * self._bonus(signals))
+        return treatment(n, ce=_spread(1, learned), rkl=held, entropy=bonus - held, collision=held, count=1 / max(1, n))
 
     def _bonus(self, signals: Signals) -> float:
         """The weight of H(p) in nats: the paper's H(p) is a share of the highest possible entropy."""

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from distft.objectives.catalog import Objective
+from distft.objectives.loss import PARTS
 from distft.objectives.treatment import LiveSignals, ObjectiveRule, Signals, Treatment
 from tests.helpers.objective_reference import FORMULAS, Doc, invent, moved_student
 
@@ -33,6 +34,11 @@ CASES: dict[str, dict[str, Any]] = {
     "eksft": {"kind": "eksft", "rho": 0.2, "lambda_kl": 0.4, "lambda_entropy": 0.6},
     "eksft, intersection": {"kind": "eksft", "rho": 0.4, "lambda_kl": 0.4, "lambda_entropy": 0.6, "combine": "intersection"},
     "eksft, nearly all": {"kind": "eksft", "rho": 0.95, "lambda_kl": 1.0, "lambda_entropy": 0.0},
+    "eksft, published code": {"kind": "eksft", "rho": 0.2, "lambda_kl": 0.4, "lambda_entropy": 0.6, "variant": "published_code"},
+    "eksft, published code, intersection": {
+        "kind": "eksft", "rho": 0.4, "lambda_kl": 0.4, "lambda_entropy": 0.6, "variant": "published_code", "combine": "intersection"},
+    "eksft, published code, nearly all": {
+        "kind": "eksft", "rho": 0.95, "lambda_kl": 1.0, "lambda_entropy": 0.0, "variant": "published_code"},
     "lwf, floor": {"kind": "lwf", "alpha": 3.0, "beta": 0.5, "c": 0.8, "anchors": "floor", "p_star": 0.5},
     "lwf, floor by group": {"kind": "lwf", "alpha": 3.0, "beta": 0.5, "c": 0.8, "anchors": "floor", "normalise": "group_mean"},
     "lwf, floor's confidence": {"kind": "lwf", "alpha": 3.0, "beta": 0.5, "c": "floor", "anchors": "floor", "p_star": 0.8},
@@ -45,18 +51,18 @@ CASES: dict[str, dict[str, Any]] = {
     "asft": {"kind": "asft", "kl": 0.3},
     "talr": {"kind": "talr", "w_min": 0.05},
     "kd": {"kind": "kd", "lam": 0.3},
-}
+}  # fmt: skip
 
 
 def rule_of(settings: dict[str, Any]) -> ObjectiveRule:
     return TypeAdapter[Any](Objective).validate_python(settings)
 
 
-def terms(doc: Doc) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """CE, KL(q||p), KL(p||q) and H(p) of each token, from whole distributions."""
+def terms(doc: Doc) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """CE, KL(q||p), KL(p||q), H(p) and the sum of p^2 of each token, from whole distributions."""
     p, q = torch.log_softmax(doc.student, 1), torch.log_softmax(doc.teacher, 1)
     ce = -p.gather(1, torch.tensor(doc.labels)[:, None]).squeeze(1)
-    return ce, (q.exp() * (q - p)).sum(1), (p.exp() * (p - q)).sum(1), -(p.exp() * p).sum(1)
+    return ce, (q.exp() * (q - p)).sum(1), (p.exp() * (p - q)).sum(1), -(p.exp() * p).sum(1), p.exp().square().sum(1)
 
 
 def exact_signals(doc: Doc, rule: ObjectiveRule) -> Signals:
@@ -70,7 +76,7 @@ def exact_signals(doc: Doc, rule: ObjectiveRule) -> Signals:
     label = teacher.gather(1, torch.tensor(doc.labels)[:, None])
     live = None
     if rule.live != "no":
-        ce, kl, rkl, entropy = terms(doc)
+        ce, kl, rkl, entropy, _ = terms(doc)
         top = torch.log_softmax(doc.student.topk(20, dim=1).values, 1)
         known = {"label_logprob": -ce, "kl": kl, "rkl": rkl, "entropy": entropy, "top_entropy": -(top.exp() * top).sum(1)}
         live = LiveSignals(**{name: column(known[name]) if name in rule.live_fields else blank for name in known})
@@ -81,6 +87,7 @@ def exact_signals(doc: Doc, rule: ObjectiveRule) -> Signals:
         document=doc.digest if rule.needs_document else "",
         anchors=np.array(doc.anchors) if rule.needs_anchors else None,
         vocabulary=doc.student.shape[1],
+        follows=np.array([place - 1 in doc.standing for place in doc.standing]),
         live=live,
     )
 
@@ -106,11 +113,9 @@ def step(rule: ObjectiveRule, docs: list[Doc], micro_batches: list[list[int]]) -
 
 
 def weighted(treatment: Treatment, doc: Doc, totals: np.ndarray[Any, Any]) -> Tensor:
-    ce, kl, rkl, entropy = (
-        torch.from_numpy(np.array(getattr(treatment, name))).double() for name in ("ce", "kl", "rkl", "entropy")
-    )
+    ce, kl, rkl, entropy, collision = (torch.from_numpy(np.array(getattr(treatment, name))).double() for name in PARTS)
     found = terms(doc)
-    losses = ce * found[0] + kl * found[1] + rkl * found[2] - entropy * found[3]
+    losses = ce * found[0] + kl * found[1] + rkl * found[2] - entropy * found[3] + collision * found[4]
     return (losses / torch.from_numpy(np.maximum(totals, 1e-300)[treatment.group])).sum()
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from distft.engine.world import World
 from distft.errors import CorruptArtifactError
-from distft.objectives.treatment import Signals
+from distft.objectives.treatment import Signals, treatment
 from distft.plan.show import plan_text
 from distft.plan.tokens import QUADRANTS, TREATMENTS, Seen, TokenPlan, codes, plan_tokens
 from distft.teacher.encode import PlainShard
@@ -137,6 +137,27 @@ def test_live_objectives_are_asked_where_the_student_is_the_teacher() -> None:
     asft = objective(facts, "asft")["treatments"]
     assert asft["held"]["tokens"] == 0, "0.001 of CE against 0.05 of KL is more than a hundredth"
     assert by_hand("stm").facts()["objectives"][0]["basis"] == "fixed"
+
+
+def test_published_eksft_is_told_as_what_it_does() -> None:
+    """At step 0 nothing has moved: k = 1 of 4 and of 3, the highest entropies with a score, whose tokens before are masked."""
+    settings = {"kind": "eksft", "variant": "published_code", "rho": 0.34}
+    run = run_config(Path("store"), shared_model(), objective=settings)
+    plan = plan_tokens(run, seen_by_hand(), held=2, rows=2, vocabulary=280)
+    facts = plan.facts()["objectives"][0]
+    assert facts["name"] == "eksft rho=0.34 variant=published_code"
+    masked = [TREATMENTS[code] == "masked" for code in plan.applied[0].codes]
+    assert masked == [False, False, True, False, False, True, False]
+    ce = (CE[0] + CE[1] + CE[3]) / 3 + (CE[4] + CE[6]) / 2
+    bonus = 1.05 * 0.05 / math.log(280) * (H[3] + H[6])
+    assert facts["loss_at_step_0"] == pytest.approx((ce - bonus) / 2, rel=1e-6)
+    assert "not learn the tokens before those" in " ".join(facts["notes"])
+
+
+def test_what_collides_is_held() -> None:
+    ce, collision = np.array([0, 1, 1], np.float32), np.array([0.1, 0.1, 0.001], np.float32)
+    held = codes(treatment(3, ce=ce, entropy=-0.1, collision=collision))
+    assert [TREATMENTS[code] for code in held] == ["held", "both", "learned"]
 
 
 def test_with_another_teacher_live_objectives_stay_undecided() -> None:
