@@ -124,8 +124,12 @@ def _score(run: Run) -> list[str]:
 
 def _train(run: Run) -> list[str]:
     asked = [key for key, given in run.train.zero3 if given]
-    return [f"train.zero3.{key} moves what the engine zero3 holds, and train.engine=local holds none of it: set train.engine=zero3, or it "
-            "to false" for key in asked if run.train.engine == "local"]  # fmt: skip
+    return [
+        f"train.zero3.{key} moves what the engine zero3 holds, and train.engine=local holds all on the device: set "
+        "train.engine=zero3, or it to false"
+        for key in asked
+        if run.train.engine == "local"
+    ]
 
 
 def _rows_of(source: Source) -> tuple[str | None, ...]:

@@ -194,8 +194,11 @@ class Train(Section):
     """local: plain torch, every rank holds the whole model. zero3: DeepSpeed, each rank holds its share of weights, gradients and
     optimizer. auto: zero3 where there are several ranks or a GPU. Changes no number beyond rounding."""
     zero3: Zero3 = Zero3()
-    workers: Literal[1] | Auto = "auto"
-    """Ranks that distft starts itself; under torchrun, leave `auto`."""
+    workers: Annotated[int, Field(gt=0)] | Auto = "auto"
+    """Ranks, each with a GPU or, without any, a core of its own; more than one are started by Ray. auto: one per GPU of this machine or
+    of the cluster at `cluster.address`, or one in this process. Under torchrun, which starts them itself: auto, or as many."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """How often ranks that Ray started are started again when one of them dies; training goes on from the last checkpoint."""
     checkpoint: Checkpoint = Checkpoint()
 
 
@@ -257,7 +260,7 @@ class Export(Section):
 
 
 class Cluster(Section):
-    """Where scoring runs; all else runs in this process."""
+    """Where scoring and training run; all else runs in this process."""
 
     address: Annotated[str, Field(pattern=r"^(local|auto|[A-Za-z0-9._-]+:[0-9]{1,5})$")] = "local"
     """local: this machine. auto: the Ray cluster that this machine belongs to; host:port: one elsewhere. Its machines need distft, the

@@ -5,9 +5,10 @@ Shapes: R packed rows of L tokens, N of them with a weight or to be measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,8 +56,8 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepValues:
-    """What a step did, over all ranks and micro-batches. Of each part (ce, kl, rkl, entropy): `sums` are unweighted nats over the
-    tokens that bear that weight, `counts` are those tokens, and `masses` are what the part adds to the loss."""
+    """What a step did, over all ranks and micro-batches. Of each part (`PARTS` of the loss): `sums` are unweighted
+    nats over the tokens that bear that weight, `counts` are those tokens, and `masses` are what the part adds to the loss."""
 
     loss: float
     grad_norm: float
@@ -66,8 +67,47 @@ class StepValues:
     """In nats, weighted and divided by the normaliser, an entropy's with its sign; they add up to the loss."""
 
 
+class Wanted(NamedTuple):
+    """Elements start, ..., stop - 1 of a flattened parameter, which is of this shape as a whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """What a checkpoint keeps of elements start, start + 1, ... of a flattened parameter: three float32 vectors of one length. They
+    may be views of what the next step changes."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    start: int
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.weight)
+
+
+def share(numel: int, rank: int, size: int) -> tuple[int, int]:
+    """Start and stop of the elements of a flattened parameter that a rank owns: equal runs, the last ones shorter or empty."""
+    run = math.ceil(numel / size)
+    return min(rank * run, numel), min((rank + 1) * run, numel)
+
+
 class Engine(Protocol):
-    """What the loop needs of an engine. Every method is called on every rank with as many micro-batches as on the others."""
+    """What the loop needs of an engine. Every method is called on every rank with as many micro-batches as on the others, and what it
+    iterates over is consumed to the end on every rank."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the student chooses among."""
+        ...
 
     def train_step(self, micro_batches: Sequence[MicroBatch], *, normaliser: float, lr: float) -> StepValues:
         """One update from the gradient of (sum of weighted token losses over all ranks) / normaliser.
@@ -79,14 +119,29 @@ class Engine(Protocol):
         """Each token's values under the weights as they are, with no gradient."""
         ...
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All that a checkpoint must hold to go on bit for bit: `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, in float32."""
+    def slices(self) -> Iterator[Slice]:
+        """This rank's part of all that a checkpoint must hold to go on bit for bit. Over all ranks each element comes exactly once,
+        by `share`; nothing is gathered."""
         ...
 
-    def restore(self, tensors: dict[str, Tensor], *, optimizer_steps: int) -> None:
-        """The inverse of `tensors`."""
+    def wanted(self) -> list[Wanted]:
+        """What this rank must be given to be restored."""
+        ...
+
+    def restore_slices(self, slices: Iterable[Slice], *, optimizer_steps: int) -> None:
+        """Takes back what `slices` of any number of ranks gave, cut in any way, as long as it is just what is `wanted`. After a
+        CorruptArtifactError, which says what is not, the engine is unusable."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The same as whole tensors on the leading rank: `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, in float32. Other ranks
+        take part, and what they get is nobody's business."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor], *, optimizer_steps: int) -> None:
+        """The inverse of `tensors`, which every rank is given."""
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights for export, by the names of the model's own checkpoint, tied ones once, in float32."""
+        """The weights for export on the leading rank, by the names of the model's own checkpoint, tied ones once, in float32."""
         ...

@@ -60,31 +60,9 @@ def load_model(
 ) -> LanguageModel:
     """Reads safetensors only; runs no code from the folder. The ranks of a `group` hold the model together, each its share of every
     large matrix: all of them call this, and later every pass, at once."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # ours say the same, and stay whole
-    folder.weight_files()  # says clearly what is missing before transformers says it at length
     group = group or World()
     shared = group.size > 1
-    try:
-        whole: Any = AutoModelForCausalLM.from_pretrained(
-            folder.path, dtype=DTYPES[dtype], attn_implementation=attention, local_files_only=True, trust_remote_code=False,
-            use_safetensors=True, output_loading_info=True, **(_tensor_parallel(folder, group.size) if shared else {}),
-        )  # fmt: skip
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
-        raise ModelError(
-            f"The model cannot be loaded: {error}", where=str(folder.path),
-            help="Copy or download the folder again, and see that this transformers knows the architecture.",
-        ) from error  # fmt: skip
-    whole, report = whole
-    absent = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
-    if absent:
-        raise ModelError(
-            f"The weight files lack {len(absent)} tensors of the architecture, or hold them in another shape: {sorted(absent)[:5]}.",
-            where=str(folder.path), help="Random numbers would stand in for them. Take a complete checkpoint.",
-        )  # fmt: skip
+    whole = read_model(folder, dtype=dtype, attention=attention, **(_tensor_parallel(folder, group.size) if shared else {}))
     if not shared:
         return take_apart(whole.to(device), head_rows=head_rows, where=str(folder.path))
     if not isinstance(whole.get_output_embeddings().weight, DTensor):
@@ -93,6 +71,34 @@ def load_model(
             help="Set score.tensor_parallel=1, or take an architecture that transformers can share.",
         )  # fmt: skip
     return take_apart(whole, head_rows=head_rows, where=str(folder.path), rank=group.rank, size=group.size)
+
+
+def read_model(folder: ModelFolder, *, dtype: str, attention: str, **given: Any) -> Any:
+    """The transformers model with all its weights, or an error. `given` says how ranks share it."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours say the same, and stay whole
+    folder.weight_files()  # says clearly what is missing before transformers says it at length
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder.path, dtype=DTYPES[dtype], attn_implementation=attention, local_files_only=True, trust_remote_code=False,
+            use_safetensors=True, output_loading_info=True, **given,
+        )  # fmt: skip
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        raise ModelError(
+            f"The model cannot be loaded: {error}", where=str(folder.path),
+            help="Copy or download the folder again, and see that this transformers knows the architecture.",
+        ) from error  # fmt: skip
+    whole, report = loaded
+    absent = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if absent:
+        raise ModelError(
+            f"The weight files lack {len(absent)} tensors of the architecture, or hold them in another shape: {sorted(absent)[:5]}.",
+            where=str(folder.path), help="Random numbers would stand in for them. Take a complete checkpoint.",
+        )  # fmt: skip
+    return whole
 
 
 def _tensor_parallel(folder: ModelFolder, size: int) -> dict[str, Any]:

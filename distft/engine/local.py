@@ -6,31 +6,27 @@ that bfloat16 never accumulates.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from distft.config.schema import Train
-from distft.engine.base import MicroBatch, StepValues
+from distft.engine.base import MicroBatch, Slice, Wanted, share
 from distft.engine.head import TrainedModel, measure_batch
 from distft.engine.load import LanguageModel
+from distft.engine.slices import MOMENTS, Taken, cut
+from distft.engine.step import Stepper, adamw, to_device
 from distft.engine.world import World
-from distft.errors import TrainingError
-from distft.objectives.loss import PARTS, TokenValues
-
-FIGURES = ("sums", "counts", "masses")
+from distft.objectives.loss import TokenValues
 
 
-class LocalEngine:
+class LocalEngine(Stepper):
     """See `distft.engine.base.Engine`."""
 
     def __init__(self, model: LanguageModel, config: Train, world: World) -> None:
-        self.model, self.world, self.clip = model, world, config.clip
-        self.device = model.head.weight.device
+        super().__init__(config, world, model.head.weight.device)
+        self.model = model
         if config.gradient_checkpointing:
             model.whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.trained = TrainedModel(model)
@@ -38,81 +34,60 @@ class LocalEngine:
         # named_parameters names a tied weight once, by its first place
         self.parameters: dict[str, nn.Parameter] = {name: p for name, p in model.whole.named_parameters() if p.requires_grad}
         self.masters = {name: p if p.dtype == torch.float32 else p.detach().float() for name, p in self.parameters.items()}
-        decayed = [m for m in self.masters.values() if m.dim() >= 2]
-        others = [m for m in self.masters.values() if m.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        self.optimizer = adamw([(p, self.masters[name]) for name, p in self.parameters.items()], config)
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], *, normaliser: float, lr: float) -> StepValues:
-        loss, figures = 0.0, torch.zeros(len(FIGURES), len(PARTS), dtype=torch.float64)
-        for batch in micro_batches:
-            weighted_sum, values = self.trained(_to(batch, self.device))
-            (weighted_sum / normaliser).backward()
-            self._gather_gradients()
-            loss += float(weighted_sum.detach().double()) / normaliser
-            figures += _figures(values)
-        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
-        for gradient in gradients:
-            self.world.sum_(gradient)
-        [loss] = self.world.total(loss)
-        self.world.sum_(figures)
-        grad_norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self._drop_gradients()
-            raise TrainingError(f"The loss is {loss} and the gradient norm {grad_norm}; nothing was updated.")
-        if not figures[FIGURES.index("counts")].any():
-            # a rule that counts every token may still give none a weight, and an update would then be weight decay and old momentum
-            self._drop_gradients()
-            raise TrainingError(
-                f"No token has a weight: the objective trains none of the {normaliser:.0f} that count; nothing was updated.",
-                help="Raise train.tokens_per_step, or loosen the objective's selection.",
-            )  # fmt: skip
-        if self.clip is not None and grad_norm > self.clip:
-            for gradient in gradients:
-                gradient.mul_(self.clip / grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self._drop_gradients()
-        self._spread_masters()
-        figures[-1] /= normaliser
-        sums, counts, masses = (dict[str, float](zip(PARTS, row, strict=True)) for row in figures.tolist())
-        return StepValues(loss=loss, grad_norm=grad_norm, sums=sums, counts=counts, masses=masses)
+    @property
+    def vocabulary(self) -> int:
+        return self.model.shape.rows
 
     def measure(self, batch: MicroBatch) -> TokenValues:
-        with self._evaluating():
-            return measure_batch(self.model, _to(batch, self.device))
+        with self.evaluating():
+            return measure_batch(self.model, to_device(batch, self.device))
+
+    def slices(self) -> Iterator[Slice]:
+        for name, master in self.masters.items():
+            start, stop = share(master.numel(), self.world.rank, self.world.size)
+            if start < stop:
+                parts = {part: tensor.view(-1)[start:stop] for part, tensor in self._state(master).items()}
+                yield Slice(name=name, shape=tuple(master.shape), start=start, **parts)
+
+    def wanted(self) -> list[Wanted]:
+        return [Wanted(name, tuple(master.shape), 0, master.numel()) for name, master in self.masters.items()]
+
+    def restore_slices(self, slices: Iterable[Slice], *, optimizer_steps: int) -> None:
+        taken = Taken(self.wanted())
+        for master in self.masters.values():
+            blank = {moment: torch.zeros_like(master) for moment in MOMENTS}
+            self.optimizer.state[master] = {"step": torch.tensor(float(optimizer_steps), device=self.device), **blank}
+        for piece in slices:
+            taken.add(piece)
+            for part, tensor in self._state(self.masters[piece.name]).items():
+                tensor.view(-1)[piece.start : piece.stop].copy_(getattr(piece, part))
+        taken.check()
+        self._spread_masters()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, master in self.masters.items():
-            yield f"weight/{name}", master.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state = self.optimizer.state.get(master, {})
-                yield f"{moment}/{name}", state.get(moment, torch.zeros_like(master))
+            yield from ((f"{part}/{name}", tensor) for part, tensor in self._state(master).items())
 
-    def restore(self, tensors: dict[str, Tensor], *, optimizer_steps: int) -> None:
-        for name, master in self.masters.items():
-            with torch.no_grad():
-                master.copy_(tensors[f"weight/{name}"])
-            self.optimizer.state[master] = {
-                "step": torch.tensor(float(optimizer_steps), device=self.device),
-                "exp_avg": tensors[f"exp_avg/{name}"].to(self.device, copy=True),
-                "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(self.device, copy=True),
-            }
-        self._spread_masters()
+    def restore(self, tensors: Mapping[str, Tensor], *, optimizer_steps: int) -> None:
+        self.restore_slices(cut(tensors, self.wanted()), optimizer_steps=optimizer_steps)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, master in self.masters.items():
             yield name, master.detach()
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Dropout off while it lasts."""
-        self.trained.eval()
-        try:
-            yield
-        finally:
-            self.trained.train()
+    def _state(self, master: Tensor) -> dict[str, Tensor]:
+        """A weight and its moments, which are zeros before the first step."""
+        state = self.optimizer.state.get(master) or {}
+        moments = {moment: state[moment] if moment in state else torch.zeros_like(master) for moment in MOMENTS}
+        return {"weight": master.detach(), **moments}
+
+    def _pass(self, batch: MicroBatch, normaliser: float, *, last: bool) -> tuple[Tensor, TokenValues]:
+        weighted_sum, values = self.trained(batch)
+        (weighted_sum / normaliser).backward()
+        self._gather_gradients()
+        return weighted_sum.detach(), values
 
     def _gather_gradients(self) -> None:
         """Moves low-precision gradients into the float32 sums."""
@@ -126,6 +101,24 @@ class LocalEngine:
                 master.grad += parameter.grad
             parameter.grad = None
 
+    def _reduce_gradients(self) -> None:
+        for gradient in self._gradients():
+            self.world.sum_(gradient)
+
+    def _gradients(self) -> list[Tensor]:
+        return [m.grad for m in self.masters.values() if m.grad is not None]
+
+    def _grad_norm(self) -> float:
+        gradients = self._gradients()
+        return float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+    def _update(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self._drop_gradients()
+        self._spread_masters()
+
     def _spread_masters(self) -> None:
         """Rounds the float32 weights into those that the passes read."""
         with torch.no_grad():
@@ -137,25 +130,5 @@ class LocalEngine:
         for name, parameter in self.parameters.items():
             parameter.grad = self.masters[name].grad = None
 
-
-def _figures(values: TokenValues) -> Tensor:
-    """[figures, parts] of a micro-batch: see `StepValues`, where masses are divided."""
-    rows = torch.zeros(len(FIGURES), len(PARTS), dtype=torch.float64)
-    for column, part in enumerate(PARTS):
-        value_N = getattr(values, f"{part}_N")
-        if value_N is None:
-            continue
-        value_N, weight_N = value_N.double(), getattr(values.weights, f"{part}_N").to(value_N.device)
-        borne_N, sign = weight_N != 0, -1.0 if part == "entropy" else 1.0
-        rows[:, column] = torch.stack(
-            [(value_N * borne_N).sum(), borne_N.sum().double(), sign * (value_N * weight_N).sum()]
-        ).cpu()
-    return rows
-
-
-def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    if batch.predictor_N.device == device:
-        return batch
-    return replace(
-        batch, packed=batch.packed.to(device), predictor_N=batch.predictor_N.to(device), targets=batch.targets.to(device)
-    )  # fmt: skip
+    def _training(self, mode: bool) -> None:
+        self.trained.train(mode)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distft import ranks
-from distft.errors import DistftError
+from distft.errors import LostRankError
 
 PATIENCE = timedelta(hours=4)
 """How long ranks wait for one that verifies, saves or measures. Whoever launched them notices one that died, and ends the others."""
@@ -82,7 +82,7 @@ def join_world() -> Iterator[World]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise DistftError(
+        raise LostRankError(
             f"Another rank is gone: {str(error).splitlines()[0][:200]}", where=f"rank {ranks.rank()}",
             help="What it said before it stopped is the cause. The same command goes on from the last checkpoint.",
         ) from error  # fmt: skip
@@ -102,6 +102,14 @@ def join_group() -> World:
         backend, init_method=f"file://{meeting}", rank=ranks.rank(), world_size=ranks.size(), timeout=PATIENCE
     )  # fmt: skip
     return World(rank=dist.get_rank(), size=dist.get_world_size())
+
+
+def open_group() -> None:
+    """A process group of this process alone, unless it is in one: for whoever needs one also where nothing was launched. It lasts as
+    long as the process."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def device_count() -> int:

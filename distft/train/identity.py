@@ -10,7 +10,9 @@ from distft.store.model_folder import ModelFolder
 FORMAT = "distft-run-2"
 
 # What changes speed, memory or safety, never the weights that come out.
-OPERATIONAL = {"micro_batch_tokens", "engine", "workers", "checkpoint", "gradient_checkpointing", "drift_every_steps"}
+OPERATIONAL = {
+    "micro_batch_tokens", "engine", "zero3", "workers", "restarts", "checkpoint", "gradient_checkpointing", "drift_every_steps",
+}  # fmt: skip
 
 
 def run_identity(run: Run, model: ModelFolder, *, corpus: dict[str, Any], teacher: str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -90,12 +91,10 @@ def train(
                 if log:
                     checkpoints.owner.check()
                     log.flush()  # before the checkpoint: one whose steps are not in the log would leave a hole in it
-                if world.leads:
-                    facts = {
-                        "loss": loss, "drift": drifted.facts() if drifted else None, "total_steps": plan.total_steps, **_kept(budget)
-                    }  # fmt: skip
-                    checkpoints.save(step, engine, facts)
-                world.barrier()
+                facts = {
+                    "loss": loss, "drift": drifted.facts() if drifted else None, "total_steps": plan.total_steps, **_kept(budget)
+                }  # fmt: skip
+                _save(step, engine, world, checkpoints, facts)
             meter.advance(note=f"loss {loss:.3f}" + (f", drift {drifted.kl:.4f}" if drifted else ""))
     return Finished(steps=plan.total_steps, loss=loss, drift=drifted)
 
@@ -119,10 +118,20 @@ def _keep_and_stop(
     if log:
         checkpoints.owner.check()
         log.flush()
-    if world.leads and step > (checkpoints.steps() or [0])[-1]:
-        checkpoints.save(step, engine, facts)
+    [is_new] = world.total(world.leads and step > (checkpoints.steps() or [0])[-1])
+    if is_new:
+        _save(step, engine, world, checkpoints, facts)
     world.barrier()
     raise Interrupted(f"Stopped after step {step}, which is kept.")
+
+
+def _save(step: int, engine: Engine, world: World, checkpoints: Checkpoints, facts: dict[str, object]) -> None:
+    """The leading rank writes; where no rank holds all, the others give it what they hold."""
+    if world.leads:
+        checkpoints.save(step, engine, facts)
+    else:
+        deque(engine.tensors(), maxlen=0)
+    world.barrier()
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -10,9 +10,8 @@ from distft.config.load import dump
 from distft.config.schema import Run
 from distft.corpus.reader import Corpus
 from distft.corpus.render import token_rows
-from distft.engine.load import load_model
-from distft.engine.local import LocalEngine
-from distft.engine.world import World, this_device
+from distft.engine.choose import open_engine
+from distft.engine.world import World
 from distft.errors import ConfigError, CorruptArtifactError
 from distft.progress import say
 from distft.store.location import Location
@@ -39,7 +38,7 @@ def train_run(
     run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCache | None, store: Location, staging: Path, world: World
 ) -> dict[str, Any]:
     """Trains to the end; returns what `--json` prints. A run that is finished returns at once, without loading the model."""
-    if run.train.workers != "auto" and run.train.workers != world.size:
+    if world.size > 1 and run.train.workers not in ("auto", world.size):
         raise ConfigError(f"train.workers={run.train.workers}, and {world.size} ranks were launched.", where="train.workers",
                           help="Leave it auto, or launch as many.")  # fmt: skip
     folder = store.child("runs", run.name)
@@ -58,10 +57,7 @@ def train_run(
     if newest is not None and newest[1].identity["step"] >= plan.total_steps:
         return _result(run, folder, plan.total_steps, plan.total_steps, newest[1].facts)
 
-    language_model = load_model(
-        model, dtype=run.model.dtype, attention=run.model.attention, head_rows=token_rows(model), device=this_device()
-    )
-    engine = LocalEngine(language_model, run.train, world)
+    engine = open_engine(run, model, world, head_rows=token_rows(model))
     if cache is not None and run.teacher.path is None:
         check_own_teacher(engine.measure, corpus, cache, world, dtype=_coarser(run), where=cache.folder.url)
     if world.leads:
@@ -80,7 +76,7 @@ def train_run(
     finished = train(
         run.train, engine=engine, plan=plan, world=world, checkpoints=checkpoints, first_step=done + 1,
         feed=Feed(
-            corpus, cache, run.objective, run.train, world, vocabulary=language_model.shape.rows, rounding=ROUNDING[_coarser(run)]
+            corpus, cache, run.objective, run.train, world, vocabulary=engine.vocabulary, rounding=ROUNDING[_coarser(run)]
         ),
         log=MetricsLog(folder, after_step=done) if world.leads else None,
         drift=heldout_drift if "heldout" in corpus.splits else None, budget=budget, label=f"train {run.name}",

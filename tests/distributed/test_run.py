@@ -23,7 +23,7 @@ def prepared(folder: Path) -> Lab:
         folder, documents=random_documents(20, seed=40), heldout=random_documents(3, seed=41),
         train={
             "tokens_per_step": 60, "epochs": 2, "max_steps": 6, "lr": 3e-3, "warmup_steps": 1, "micro_batch_tokens": 30,
-            "checkpoint": {"every_steps": 2, "keep": 3},
+            "checkpoint": {"every_steps": 2, "keep": 3}, "engine": "local",
         },
     )  # fmt: skip
     made.score()

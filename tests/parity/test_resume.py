@@ -208,7 +208,7 @@ def test_what_changes_no_weight_may_change(tmp_path: Path, monkeypatch: pytest.M
 def test_a_finished_run_returns_without_loading_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = prepared(tmp_path)
     first = made.train()
-    monkeypatch.setattr("distft.train.stage.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("distft.engine.choose.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     assert made.train() == {**first, "resumed_from": STEPS}
 
 

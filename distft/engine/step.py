@@ -1,0 +1,137 @@
+"""A training step as every engine takes it; what differs is where gradients and weights are kept."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distft.config.schema import Train
+from distft.engine.base import MicroBatch, StepValues
+from distft.engine.world import World
+from distft.errors import TrainingError
+from distft.objectives.loss import PARTS, TokenValues
+
+FIGURES = ("sums", "counts", "masses")
+
+
+class Stepper(ABC):
+    """One update from the gradient of (sum of weighted token losses over all ranks) / normaliser, or none and an error on all ranks.
+
+    A subclass holds float32 gradients, the float32 weights that they change, and the optimizer of those."""
+
+    def __init__(self, config: Train, world: World, device: torch.device) -> None:
+        self.clip, self.world, self.device = config.clip, world, device
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], *, normaliser: float, lr: float) -> StepValues:
+        loss, figures = 0.0, torch.zeros(len(FIGURES), len(PARTS), dtype=torch.float64)
+        for number, batch in enumerate(micro_batches, 1):
+            weighted_sum, values = self._pass(to_device(batch, self.device), normaliser, last=number == len(micro_batches))
+            loss += float(weighted_sum.double()) / normaliser
+            figures += figures_of(values)
+        self._reduce_gradients()
+        [loss] = self.world.total(loss)
+        self.world.sum_(figures)
+        grad_norm = self._grad_norm()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._drop_gradients()
+            raise TrainingError(f"The loss is {loss} and the gradient norm {grad_norm}; nothing was updated.")
+        if not figures[FIGURES.index("counts")].any():
+            # a rule that counts every token may still give none a weight, and an update would then be weight decay and old momentum
+            self._drop_gradients()
+            raise TrainingError(
+                f"No token has a weight: the objective trains none of the {normaliser:.0f} that count; nothing was updated.",
+                help="Raise train.tokens_per_step, or loosen the objective's selection.",
+            )  # fmt: skip
+        if self.clip is not None and grad_norm > self.clip:
+            for gradient in self._gradients():
+                gradient.mul_(self.clip / grad_norm)
+        self._update(lr)
+        figures[-1] /= normaliser
+        sums, counts, masses = (dict[str, float](zip(PARTS, row, strict=True)) for row in figures.tolist())
+        return StepValues(loss=loss, grad_norm=grad_norm, sums=sums, counts=counts, masses=masses)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Dropout off while it lasts."""
+        self._training(False)
+        try:
+            yield
+        finally:
+            self._training(True)
+
+    @abstractmethod
+    def _pass(self, batch: MicroBatch, normaliser: float, *, last: bool) -> tuple[Tensor, TokenValues]:
+        """Forward and backward; gives this rank's weighted sum, detached, and adds its gradient / normaliser to the others."""
+
+    @abstractmethod
+    def _reduce_gradients(self) -> None:
+        """Sums gradients over ranks, unless every pass has."""
+
+    @abstractmethod
+    def _gradients(self) -> list[Tensor]:
+        """This rank's float32 gradients, reduced, to be changed in place."""
+
+    @abstractmethod
+    def _grad_norm(self) -> float:
+        """Of the whole gradient; the same number on all ranks."""
+
+    @abstractmethod
+    def _update(self, lr: float) -> None:
+        """Steps the optimizer, and forgets the gradients."""
+
+    @abstractmethod
+    def _drop_gradients(self) -> None:
+        """Forgets the gradients."""
+
+    @abstractmethod
+    def _training(self, mode: bool) -> None:
+        """Sets the model to train or to evaluate."""
+
+
+def figures_of(values: TokenValues) -> Tensor:
+    """[figures, parts] of a micro-batch: see `StepValues`, where masses are divided."""
+    rows = torch.zeros(len(FIGURES), len(PARTS), dtype=torch.float64)
+    for column, part in enumerate(PARTS):
+        value_N = getattr(values, f"{part}_N")
+        if value_N is None:
+            continue
+        value_N, weight_N = value_N.double(), getattr(values.weights, f"{part}_N").to(value_N.device)
+        borne_N, sign = weight_N != 0, -1.0 if part == "entropy" else 1.0
+        rows[:, column] = torch.stack(
+            [(value_N * borne_N).sum(), borne_N.sum().double(), sign * (value_N * weight_N).sum()]
+        ).cpu()
+    return rows
+
+
+def adamw(named: Sequence[tuple[nn.Parameter, Tensor]], config: Train) -> torch.optim.AdamW:
+    """The optimizer of tensors, each with the parameter that it stands for: matrices decay, norms and biases do not."""
+    groups: list[dict[str, Any]] = [
+        {"params": [tensor for parameter, tensor in named if is_matrix(parameter)], "weight_decay": config.weight_decay},
+        {"params": [tensor for parameter, tensor in named if not is_matrix(parameter)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """Whole or sharded, of which the second knows its shape by another name."""
+    return len(whole_shape(parameter)) >= 2
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, whole or sharded."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    if batch.predictor_N.device == device:
+        return batch
+    return replace(
+        batch, packed=batch.packed.to(device), predictor_N=batch.predictor_N.to(device), targets=batch.targets.to(device)
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""What ranks that Ray starts are given to do in tests: whole runs with an accident in them, and next to nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distft import ranks
+from distft.config.schema import Run
+
+
+def killed_twice(run: Run, folder: str) -> dict[str, Any]:
+    """A run whose rank 1 is killed in its sixth step, and after the next start rank 0 in its fifth."""
+    from distft.engine.local import LocalEngine
+    from distft.pipeline import train_here
+
+    plain, taken = LocalEngine.train_step, 0
+
+    def train_step(self: LocalEngine, *args: Any, **kwargs: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        for rank, step in ((1, 6), (0, 5)):
+            marker = Path(folder) / f"killed-{rank}"
+            if (
+                ranks.rank() == rank
+                and taken == step
+                and not marker.exists()
+                and (rank == 1 or (Path(folder) / "killed-1").exists())
+            ):
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, *args, **kwargs)
+
+    LocalEngine.train_step = train_step  # pyright: ignore[reportAttributeAccessIssue]
+    return train_here(run)
+
+
+def without_numbers(run: Run) -> dict[str, Any]:
+    """A run in whose third step rank 1 meets a weight that is no number."""
+    from distft.engine.local import LocalEngine
+    from distft.pipeline import train_here
+
+    plain, taken = LocalEngine.train_step, 0
+
+    def train_step(self: LocalEngine, micro_batches: Any, **kwargs: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if ranks.rank() == 1 and taken == 3:
+            micro_batches = [replace(b, targets=replace(b.targets, ce_N=b.targets.ce_N * float("nan"))) for b in micro_batches]
+        return plain(self, micro_batches, **kwargs)
+
+    LocalEngine.train_step = train_step  # pyright: ignore[reportAttributeAccessIssue]
+    return train_here(run)
+
+
+def surroundings(folder: str) -> dict[str, Any]:
+    """What a rank sees of where it is; each leaves it in the folder."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "AWS_ENDPOINT_URL", "DISTFT_CACHE_DIR")
+    found = {name: os.environ.get(name) for name in names} | {"folder": os.getcwd()}
+    Path(folder, f"rank-{ranks.rank()}").write_text(str(found))
+    return found
+
+
+def dying() -> dict[str, Any]:
+    """Rank 1 always dies; rank 0 hears of it from the group."""
+    from distft.engine.world import join_world
+
+    with join_world() as world:
+        if world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        world.barrier()
+    return {}
+
+
+def mistaken() -> dict[str, Any]:
+    """Rank 1 has a bug; rank 0 hears of it from the group."""
+    from distft.engine.world import join_world
+
+    with join_world() as world:
+        if world.rank == 1:
+            raise KeyError("a mistake of ours")
+        world.barrier()
+    return {}
