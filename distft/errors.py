@@ -73,5 +73,9 @@ class CorruptArtifactError(ArtifactError):
     """Bytes that are not those the manifest promised."""
 
 
+class LostRankError(DistftError):
+    """Another rank is gone while this one waits for it: an echo, whose cause is with the other."""
+
+
 class TrainingError(DistftError):
     """A number that must not be: a non-finite loss or gradient, a treatment with no weight."""

@@ -16,8 +16,9 @@ from distft.store.location import PARTIAL, Location
 from distft.store.manifest import FileEntry, Manifest, commit, read_manifest
 from distft.store.model_folder import ModelFolder
 from distft.store.put import fill
-from distft.train.checkpoint import Checkpoints, read_tensors, set_aside
+from distft.train.checkpoint import Checkpoints, set_aside
 from distft.train.identity import model_identity
+from distft.train.rank_files import read_weights
 
 GENERATION = "generation_config.json"
 
@@ -43,9 +44,8 @@ def export_run(run: Run, model: ModelFolder, run_identity: dict[str, Any], store
     there = read_manifest(folder)
     if there is not None and there.identity == identity:
         return result
-    entry = next(entry for entry in checkpoint.files if entry.facts["part"] == "weight")
     try:
-        weights = dict(read_tensors(where, entry, staging))
+        weights = read_weights(where, checkpoint)
     except CorruptArtifactError as error:
         if step not in checkpoints.steps():
             raise MissingArtifactError(f"The checkpoint of step {step:,} was removed while it was read.", where=where.url,

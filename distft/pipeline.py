@@ -165,6 +165,24 @@ class Pipeline:
         return result
 
     def train(self) -> dict[str, Any]:
+        """In this process, or by ranks that Ray starts, each of which calls `train_here`."""
+        from distft.engine.world import device_count
+        from distft.train.start import ranks_to_start
+
+        count = ranks_to_start(self.run, self.folder)
+        if count == 1:
+            return self.train_here()
+        from distft.cluster.train import train_on_ranks
+
+        self._cache(self.corpus())  # what is missing or wrong is told before anything starts
+        self._writing_to(self.folder)
+        return train_on_ranks(
+            partial(train_here, self.run), address=self.run.cluster.address, ranks=count, gpus=device_count(),
+            restarts=self.run.train.restarts,
+        )  # fmt: skip
+
+    def train_here(self) -> dict[str, Any]:
+        """As one rank of those that the environment describes."""
         from distft.engine.memory import enough_memory
         from distft.engine.world import join_world
         from distft.train.stage import train_run
@@ -241,3 +259,8 @@ class Pipeline:
         if not self.run.needs_teacher:
             return None
         return TeacherCache.open(self.store, self.teacher_identity, corpus, self.staging, limit=self.run.score.limit)
+
+
+def train_here(run: Run) -> dict[str, Any]:
+    """What each rank that Ray starts is given to do."""
+    return Pipeline(run).train_here()

@@ -1,6 +1,7 @@
 """Progress that a person can read: bars where stderr is a terminal, a plain line now and then where it is not.
 
-One call, `track`, serves every stage. Nothing here writes to stdout, which belongs to `--json`.
+One call, `track`, serves every stage. Nothing here writes to stdout, which belongs to `--json`. A process whose stderr nobody reads (a
+rank that Ray started) speaks through a `Voice` that carries all of it to one that is heard.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from distft import ranks
@@ -24,15 +25,40 @@ class Meter(Protocol):
     def advance(self, amount: float = 1.0, note: str = "") -> None: ...
 
 
+class Voice(Protocol):
+    """Where all that is said here is heard."""
+
+    def say(self, text: str) -> None: ...
+
+    def track(self, label: str, total: float | None, unit: str, done: float) -> AbstractContextManager[Meter]: ...
+
+
+_voices: list[Voice] = []
+"""None, or one."""
+
+
+def speak_through(voice: Voice) -> None:
+    """From now on, for this process."""
+    _voices[:] = [voice]
+
+
 def say(text: str) -> None:
     """A line for a person, from the leading rank alone."""
-    if ranks.rank() == 0:
+    if ranks.rank() != 0:
+        return
+    if _voices:
+        _voices[0].say(text)  # where it is heard there is one voice alone, and no rank needs naming
+    else:
         complain(text)
 
 
 def complain(text: str) -> None:
     """A line that must be seen whichever rank it comes from."""
-    sys.stderr.write(f"[rank {ranks.rank()}] {text}\n" if ranks.size() > 1 else f"{text}\n")
+    told = f"[rank {ranks.rank()}] {text}" if ranks.size() > 1 else text
+    if _voices:
+        _voices[0].say(told)
+        return
+    sys.stderr.write(f"{told}\n")
     sys.stderr.flush()
 
 
@@ -40,7 +66,10 @@ def complain(text: str) -> None:
 def track(label: str, total: float | None, unit: str, *, done: float = 0.0) -> Iterator[Meter]:
     """Shows how far `label` is, with its rate and the time left. `done` is what an earlier, interrupted run left behind: it
     counts towards the total and not towards the rate."""
-    if sys.stderr.isatty() and ranks.rank() == 0:
+    if _voices and ranks.rank() == 0:
+        with _voices[0].track(label, total, unit, done) as meter:
+            yield meter
+    elif sys.stderr.isatty() and ranks.rank() == 0:
         with _bar(label, total, unit, done) as meter:
             yield meter
     else:
@@ -52,7 +81,7 @@ def track(label: str, total: float | None, unit: str, *, done: float = 0.0) -> I
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Says what is going on while nothing can be counted: a turning sign on a terminal, a line elsewhere once it takes a while."""
-    if sys.stderr.isatty() and ranks.rank() == 0:
+    if sys.stderr.isatty() and ranks.rank() == 0 and not _voices:
         from rich.console import Console
 
         with Console(stderr=True).status(what):

@@ -2,7 +2,7 @@
 
 Most stages commit as they go, so that an interruption may fall anywhere: there the signal raises KeyboardInterrupt at once. A stage
 that would lose work (training, between checkpoints) enters `gracefully()`, and looks at `requested()` where it can stop; a second
-signal does not wait for that.
+signal does not wait for that. Ranks that another process started get no signals: it has them told, by `tell()`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import FrameType
 
 from distft.progress import say
 
-_state = {"graceful": False, "requested": False}
+_state = {"graceful": False, "requested": False, "told": False, "begun": False}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,15 +28,26 @@ def install() -> None:
 
 
 def requested() -> bool:
-    """Whether a signal has come since `gracefully` was entered."""
-    return _state["requested"]
+    """Whether a signal has come since `gracefully` was entered, or this process was told at any time."""
+    return _state["requested"] or _state["told"]
+
+
+def tell() -> None:
+    """From any thread, for good: this process is to stop at the next place where it can."""
+    _state["told"] = True
+
+
+def begun() -> bool:
+    """Whether a stage that looks at `requested()` was ever entered; what comes before the first has nothing to lose."""
+    return _state["begun"]
 
 
 @contextmanager
 def gracefully() -> Iterator[None]:
     """While inside, the first signal only makes `requested()` true. One that nobody heeded is not forgotten: it stops the command
     at the end of the block, when all of its work is done."""
-    _state["graceful"], _state["requested"] = True, False
+    _state["graceful"] = _state["begun"] = True
+    _state["requested"] = False
     try:
         yield
     finally:

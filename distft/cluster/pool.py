@@ -246,10 +246,10 @@ class Pool(Generic[Unit, Result]):
             self.deaths[name] = self.deaths.get(name, 0) + 1
             if self.deaths[name] >= ATTEMPTS:
                 raise DistftError(
-                    f"Unit {name} was given up: {ATTEMPTS} workers died over it. The last one: {_short(cause)}", where=f"unit {name}",
+                    f"Unit {name} was given up: {ATTEMPTS} workers died over it. The last one: {short(cause)}", where=f"unit {name}",
                     help="Most often memory runs out: take smaller batches, or fewer workers. What was done so far is kept.",
                 )  # fmt: skip
-            say(f"a worker died over unit {name}, which another takes up: {_short(cause)}")
+            say(f"a worker died over unit {name}, which another takes up: {short(cause)}")
         self.waiting.appendleft(attempt.unit)
         report(-attempt.amount, self._note())
         self._hand_out()
@@ -269,7 +269,7 @@ class Pool(Generic[Unit, Result]):
         say(f"waiting for the cluster to start {wanted}; free are {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs")
 
 
-def _short(cause: str) -> str:
+def short(cause: str) -> str:
     """The first and the telling line of what Ray says of a death."""
     lines = [line.strip() for line in cause.splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith(("The actor is dead", "The actor died because"))]

@@ -42,6 +42,13 @@ def _anchors(run: Run) -> list[str]:
     return []
 
 
+def unread_anchors(run: Run) -> str | None:
+    """What to tell whoever annotated data for an objective that does not look at that: as a baseline it may be meant."""
+    if run.data.train.anchors is None or run.objective.needs_anchors:
+        return None
+    return f"objective.kind={run.objective.kind} does not look at the anchors of data.train.anchors; only lwf with anchors=given does"
+
+
 def _softening(run: Run, kind: str) -> list[str]:
     if run.objective.softening == 1.0 or isinstance(run.score.distribution, Hidden):
         return []

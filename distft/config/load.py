@@ -188,7 +188,9 @@ def _sentence(detail: dict[str, Any]) -> str:
     if kind == "missing":
         return f"{path}: is missing"
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(detail["loc"][-1]), list(_siblings(detail["loc"])), n=1, cutoff=0.5)
+        wrong = str(detail["loc"][-1])
+        near = difflib.get_close_matches(wrong, list(_siblings(detail["loc"])), n=3, cutoff=0.5)
+        near.sort(key=lambda key: not key.startswith(wrong))  # stable: a key that goes on where it ends, or else the nearest
         known = ", ".join(sorted(_siblings(detail["loc"])))
         return f"{path}: no such key; " + (f"did you mean {near[0]!r}?" if near else f"known are {known}")
     if kind == "union_tag_not_found":

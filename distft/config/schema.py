@@ -150,6 +150,8 @@ class Checkpoint(Section):
     """null: only at the end."""
     keep: Annotated[int, Field(ge=1)] = 2
     """How many of the newest stay."""
+    keep_every: Annotated[int, Field(gt=0)] | None = None
+    """Of older ones, those of every so many steps stay, too; null: none does."""
 
 
 class Zero3(Section):
@@ -195,8 +197,8 @@ class Train(Section):
     optimizer. auto: zero3 where there are several ranks or a GPU. Changes no number beyond rounding."""
     zero3: Zero3 = Zero3()
     workers: Annotated[int, Field(gt=0)] | Auto = "auto"
-    """Ranks, each with a GPU or, without any, a core of its own; more than one are started by Ray. auto: one per GPU of this machine or
-    of the cluster at `cluster.address`, or one in this process. Under torchrun, which starts them itself: auto, or as many."""
+    """Ranks, each with a GPU or, without any, a core of its own; more than one are started by Ray. auto: one per GPU of this machine
+    or of the cluster at `cluster.address`, or one in this process. Under torchrun, which starts them itself: auto, or as many."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """How often ranks that Ray started are started again when one of them dies; training goes on from the last checkpoint."""
     checkpoint: Checkpoint = Checkpoint()

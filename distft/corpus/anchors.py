@@ -10,18 +10,20 @@ count characters of the message's content, of a completion, or of a text; withou
 goes on to the end of the turn or text, and takes the token that ends it along. `text`, where given, must be what stands there: an
 annotation that belongs to other data is found out.
 
-A token is an anchor when it holds at least one character of one, the rule by which it is supervised.
+A token is an anchor when it holds at least one character of one, the rule by which it is supervised. Like supervision it leaves
+token 0 out, which nothing predicts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distft.corpus.files import READERS, Row
 from distft.errors import DataError
+from distft.progress import say
 from distft.store.digest import files_sha256
 
 Span = tuple[int, int]
@@ -80,7 +82,10 @@ class AnnotatedRow(Row):
 
 def annotation_file(path: str) -> Path:
     """The file, once it is known to be one."""
-    found = Path(path).expanduser()
+    try:
+        found = Path(path).expanduser()
+    except RuntimeError as error:  # ~someone who is not a user here
+        raise DataError(str(error), where=path, help="Write the path out.") from error
     if found.suffix != ".jsonl":
         raise DataError("anchors are read from a .jsonl file", where=path, help=_MEND)
     if not found.is_file():
@@ -88,42 +93,57 @@ def annotation_file(path: str) -> Path:
     return found
 
 
-def annotation_identity(path: str) -> str:
-    """What the anchors are, by content."""
+def annotation_identity(path: str, files: Sequence[Path]) -> dict[str, Any]:
+    """What the anchors are, by content; of several data files it says by their names which it means, and so they are part of it."""
     file = annotation_file(path)
-    return files_sha256([file])[file]
+    names = {"files": [one.name for one in files]} if len(files) > 1 else {}
+    return {"content": files_sha256([file])[file], **names}
 
 
 class Annotation:
     """The anchors of a source's rows, by file and row."""
 
     def __init__(self, path: str) -> None:
-        self._found: dict[tuple[str | None, int], tuple[Anchor, ...]] = {}
-        for line in READERS[".jsonl"](annotation_file(path), ("row", "anchors")):
+        self.path = path
+        self._found: dict[tuple[str | None, int], list[Anchor]] = {}
+        for line in READERS[".jsonl"](annotation_file(path), ()):
             key, anchors = _line(line)
-            self._found[key] = (*self._found.get(key, ()), *anchors)
+            self._found.setdefault(key, []).extend(anchors)
         if not self._found:
             raise DataError("there are no anchors", where=path, help=_MEND)
 
-    def mark(self, rows: Iterator[Row], *, files: int, limit: int | None) -> Iterator[Row]:
-        """The rows, each with its anchors. When they are over, an anchor whose row never came is an error, but for rows that `limit`
-        kept out: anchors that are not learned would be missed by nobody."""
-        if files > 1:
-            nameless = next((anchors for (name, _), anchors in self._found.items() if name is None), None)
-            if nameless is not None:
-                raise DataError(f"the data has {files} files, and the line does not say in which its row is",
-                                where=_of(nameless[0]), help='Add "file": the name of the file, without its folders.')  # fmt: skip
-        left, count = dict(self._found), 0
+    def mark(self, rows: Iterable[Row], *, names: Sequence[str], limit: int | None) -> Iterator[Row]:
+        """The rows, each with its anchors, out of files that are called so, in their order. When they are over, an anchor whose row
+        never came is an error, unless it lies behind the last row that `limit` lets in: what is not learned would be missed by
+        nobody."""
+        self._check_names(names)
+        left = {key: tuple(anchors) for key, anchors in self._found.items()}
+        count, last = 0, (0, 0)
         for row in rows:
-            count += 1
+            count, last = count + 1, (names.index(row.name), row.number)
             anchors = (*left.pop((None, row.number), ()), *left.pop((row.name, row.number), ()))
             yield AnnotatedRow(row.file, row.number, row.value, anchors) if anchors else row
-        if left and count != limit:
-            (name, number), anchors = next(iter(left.items()))
+        beyond = 0
+        for (name, number), anchors in left.items():
+            if count == limit and (0 if name is None else names.index(name), number) > last:
+                beyond += 1
+                continue
             raise DataError(
-                f"there is no row {number}{f' of a file {name}' if name else ''} in data.train, which has {count} rows",
-                where=_of(anchors[0]), help="Was it made for other data? Correct or remove the line.",
+                f"there is no row {number}{f' of {name}' if name else ''} in data.train, which has {count} rows",
+                where=_of(anchors[0]), help="Rows are counted by lines, blank ones included. Correct or remove the line.",
             )  # fmt: skip
+        if beyond:
+            say(f"data.train.limit={limit} leaves out {beyond} of the {len(self._found)} annotated rows")
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        for (name, _), anchors in self._found.items():
+            if name is None and len(names) > 1:
+                raise DataError(f"the data has {len(names)} files, and the line does not say in which its row is",
+                                where=_of(anchors[0]), help='Add "file": the name of the file, without its folders.')  # fmt: skip
+            if name is not None and names.count(name) != 1:
+                there = "no file" if name not in names else f"{names.count(name)} files"
+                raise DataError(f"{there} of data.train {'are' if name in names else 'is'} called {name}", where=_of(anchors[0]),
+                                help="Correct the name, or rename the data's files so that each has its own.")  # fmt: skip
 
 
 def _left(text: str) -> int:
@@ -140,6 +160,9 @@ def _of(anchor: Anchor) -> str:
 
 def _line(line: Row) -> tuple[tuple[str | None, int], tuple[Anchor, ...]]:
     value, where = line.value, line.place
+    for key in ("row", "anchors"):
+        if key not in value:
+            raise DataError(f"the line has no {key!r}", where=where, help=_MEND)
     _only(value, _LINE, "a line", where)
     name = value.get("file")
     if name is not None and (not isinstance(name, str) or not name or Path(name).name != name):

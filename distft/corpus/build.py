@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distft.config.schema import Data, Source, TrainSource
@@ -44,7 +45,10 @@ def corpus_identity(config: Data, model: ModelFolder) -> dict[str, Any]:
     anchors = config.train.anchors
     return {
         "version": VERSION,
-        "train": {**source_identity(config.train), **({} if anchors is None else {"anchors": annotation_identity(anchors)})},
+        "train": {
+            **source_identity(config.train),
+            **({} if anchors is None else {"anchors": annotation_identity(anchors, source_files(config.train))}),
+        },
         "heldout": source_identity(config.heldout) if config.heldout else None,
         "max_tokens": config.max_tokens,
         "tokenizer": model.tokenizer_identity(),
@@ -110,7 +114,8 @@ class _SplitBuild:
         found = rows(self.source)
         if self.anchors is None:
             return found
-        return Annotation(self.anchors).mark(found, files=len(source_files(self.source)), limit=self.source.limit)
+        names = [path.name for path in source_files(self.source)] or [Path(self.source.path).name]
+        return Annotation(self.anchors).mark(found, names=names, limit=self.source.limit)
 
     def _take_up(self) -> None:
         """Finds the parts that are committed already."""

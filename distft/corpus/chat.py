@@ -30,9 +30,9 @@ import numpy as np
 import numpy.typing as npt
 
 from distft.config.schema import Source
-from distft.corpus.anchors import AnnotatedRow, Anchor
 from distft.corpus.files import Row
-from distft.corpus.template import BESIDE_CONTENT, Chat, ChatTemplate, Message, Span
+from distft.corpus.marks import Mark, check_learnable, marks_in_chat, marks_in_text, touched
+from distft.corpus.template import BESIDE_CONTENT, ChatTemplate, Message, Span
 from distft.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -64,22 +64,13 @@ class Dropped:
     prompt_tokens: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    """An anchor's characters in the document's text. `ends`: with the eos that is still to be added."""
-
-    anchor: Anchor
-    span: Span
-    ends: bool
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Text:
     """A document before tokenising; spans count characters. `framed`: bos and eos are still to be added."""
 
     text: str
     spans: tuple[Span, ...]
-    marks: tuple[_Mark, ...] = ()
+    marks: tuple[Mark, ...] = ()
     framed: bool = False
     altered: bool = False
     unended: bool = False
@@ -142,21 +133,25 @@ class Renderer:
     def _document(self, text: _Text, ids: list[int], offsets: list[Span], max_tokens: int) -> Encoded | Dropped:
         tokens = np.array(ids, np.uint32)
         starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+        if text.framed:  # what is added holds no character
+            if self.bos is not None and ids[:1] != [self.bos]:
+                tokens, starts, ends = np.insert(tokens, 0, self.bos), np.insert(starts, 0, 0), np.insert(ends, 0, 0)
+            added = self.eos is not None and ids[-1:] != [self.eos]
+            if added:
+                tokens, starts, ends = np.append(tokens, np.uint32(self.eos or 0)), np.append(starts, 0), np.append(ends, 0)
+        else:
+            added = False
         supervised = np.zeros(len(tokens), np.bool_)
         for start, end in text.spans:
-            supervised |= _touched(starts, ends, (start, end))
-        marked = [_touched(starts, ends, mark.span) for mark in text.marks]
-        if text.framed:
-            if self.bos is not None and ids[:1] != [self.bos]:
-                tokens, supervised = np.insert(tokens, 0, self.bos), np.insert(supervised, 0, False)
-                marked = [np.insert(mask, 0, False) for mask in marked]
-            if self.eos is not None and ids[-1:] != [self.eos]:
-                tokens, supervised = np.append(tokens, np.uint32(self.eos)), np.append(supervised, True)
-                marked = [np.append(mask, mark.ends) for mark, mask in zip(text.marks, marked, strict=True)]
+            supervised |= touched(starts, ends, (start, end))
+        supervised[len(tokens) - added :] = True
         supervised[:1] = False
         anchored = np.zeros(len(tokens), np.bool_)
-        for mark, mask in zip(text.marks, marked, strict=True):
-            anchored |= _learnable(mark.anchor, mask & supervised, max_tokens)
+        for mark in text.marks:
+            mask = touched(starts, ends, mark.span)
+            mask[len(tokens) - added :] |= mark.ends
+            check_learnable(mark.anchor, mask, supervised, max_tokens)
+            anchored |= mask & supervised
         if not supervised.any():
             return Dropped(reason=text.nothing, prompt_tokens=None)
         prompt = int(supervised.argmax())
@@ -175,7 +170,7 @@ class Renderer:
         source = self.source
         if source.format == "text":
             text = _string(row.value[source.text], f"column {source.text!r}", row)
-            return _Text(text=text, spans=((0, len(text)),), marks=_marks_of(row, text), framed=True)
+            return _Text(text=text, spans=((0, len(text)),), marks=marks_in_text(row, text), framed=True)
         if source.format == "chat":
             return self._chat(_messages(row.value[source.messages], f"column {source.messages!r}", row), 0, row)
         prompt, completion = row.value[source.prompt], row.value[source.completion]
@@ -188,7 +183,7 @@ class Renderer:
         prompt = _string(prompt, f"column {source.prompt!r}", row)
         completion = _string(completion, f"column {source.completion!r}", row)
         text = prompt + completion
-        marks = _marks_of(row, completion, before=len(prompt))
+        marks = marks_in_text(row, completion, before=len(prompt))
         return _Text(text=text, spans=((len(prompt), len(text)),), marks=marks, framed=True)
 
     def _chat(self, messages: list[Message], first: int, row: Row) -> _Text:
@@ -198,21 +193,10 @@ class Renderer:
         chat = self.template.chat(messages, first, row.place)
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages[first:]))
         nothing = "no supervised token" if chat.spans else f"no turn of the role assistant (roles: {roles})"
-        marks = tuple(self._mark(anchor, messages, first, chat, row) for anchor in _anchors(row))
+        marks = marks_in_chat(row, messages, first, chat, self.template)
         return _Text(
             text=chat.text, spans=chat.spans, marks=marks, altered=chat.altered, unended=chat.unended, nothing=nothing
         )  # fmt: skip
-
-    def _mark(self, anchor: Anchor, messages: list[Message], first: int, chat: Chat, row: Row) -> _Mark:
-        """Where an anchor is in the chat's text; it counts messages from message `first` on."""
-        assert self.template is not None, "the chat was rendered by it"
-        index = _turn(anchor, messages, first)
-        begin, end = self.template.content(messages, index, chat.text, row.place)
-        start, stop = anchor.carried(messages[index]["content"], chat.text[begin:end])
-        if anchor.end is None:  # with the token that ends the turn, which is supervised with it
-            end = max((to for since, to in chat.spans if since < end <= to), default=end)
-            return _Mark(anchor, (begin + start, end), ends=False)
-        return _Mark(anchor, (begin + start, begin + stop), ends=False)
 
     def _no_template(self, problem: str) -> ModelError:
         return ModelError(
@@ -220,56 +204,6 @@ class Renderer:
             where=self.tokenizer.name_or_path,
             help="Use the instruction-tuned model, add a chat_template.jinja to its folder, or give strings (`prompt_completion`).",
         )
-
-
-def _anchors(row: Row) -> tuple[Anchor, ...]:
-    return row.anchors if isinstance(row, AnnotatedRow) else ()
-
-
-def _marks_of(row: Row, content: str, *, before: int = 0) -> tuple[_Mark, ...]:
-    """The row's anchors in a text that has `before` characters before the content."""
-    marks = []
-    for anchor in _anchors(row):
-        if anchor.message is not None:
-            raise anchor.refused(f"is in message {anchor.message}, and the row has no messages", "Leave `message` out.")
-        start, end = anchor.within(content)
-        marks.append(_Mark(anchor, (before + start, before + end), ends=anchor.end is None))
-    return tuple(marks)
-
-
-def _turn(anchor: Anchor, messages: list[Message], first: int) -> int:
-    """The assistant's turn that the anchor is in."""
-    turns = [index for index, message in enumerate(messages) if index >= first and message["role"] == "assistant"]
-    if anchor.message is None:
-        if len(turns) != 1:
-            raise anchor.refused(f"does not say in which of the row's {len(turns)} assistant turns it is", "Add `message`.")
-        index = turns[0]
-    else:
-        index = first + anchor.message - 1
-        if index >= len(messages):
-            raise anchor.refused(f"is in message {anchor.message}, and there are {len(messages) - first}")
-        if index not in turns:
-            role = messages[index]["role"]
-            raise anchor.refused(f"is in message {anchor.message}, which is the {role}'s", "What the assistant says is learned.")
-    if "content" not in messages[index]:
-        raise anchor.refused(f"is in message {index - first + 1}, which has no content")
-    return index
-
-
-def _touched(starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], span: Span) -> npt.NDArray[np.bool_]:
-    """Which tokens hold at least one character of the span."""
-    return (starts < ends) & (starts < span[1]) & (ends > span[0])
-
-
-def _learnable(anchor: Anchor, mask: npt.NDArray[np.bool_], max_tokens: int) -> npt.NDArray[np.bool_]:
-    """The anchor's tokens, all of which are there to be learned."""
-    if not mask.any():
-        raise anchor.refused("marks no supervised token")
-    last = int(np.flatnonzero(mask)[-1])
-    if last >= max_tokens:
-        raise anchor.refused(f"reaches to token {last + 1} of its document, which data.max_tokens={max_tokens} cuts off",
-                             "Raise data.max_tokens, or remove the anchor.")  # fmt: skip
-    return mask
 
 
 def _default_bos(tokenizer: PreTrainedTokenizerFast) -> int | None:

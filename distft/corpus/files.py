@@ -201,7 +201,7 @@ def _utf8(line: bytes, path: Path, number: int) -> str:
 def _json(text: str, path: Path, number: int) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, or a number of too many digits
         raise _bad_json(str(error), path, number) from error
 
 

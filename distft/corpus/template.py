@@ -101,9 +101,9 @@ class ChatTemplate:
             spans.append((start, stop.end() if stop else end))
         return Chat(text=text, spans=tuple(spans), altered=altered, unended=unended)
 
-    def content(self, messages: list[Message], index: int, text: str, place: str) -> Span:
-        """Where the content of one assistant turn is in `text`, what `chat` made of the messages."""
-        return self._contents(messages, [index], text, place)[index]
+    def contents(self, messages: list[Message], turns: list[int], text: str, place: str) -> dict[int, Span]:
+        """Where the contents of these assistant turns are in `text`, what `chat` made of the messages."""
+        return self._contents(messages, turns, text, place)
 
     def prompt(self, messages: list[Message], place: str) -> str:
         """The chat's text up to where the assistant is to speak."""

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from distft.config.check import unread_anchors
 from distft.config.schema import Run
 from distft.corpus.reader import Corpus
 from distft.errors import ArtifactError, ConfigError, MissingArtifactError
@@ -51,6 +52,9 @@ def plan_run(planned: Planned, corpus: Corpus | None, *, calibrate: bool, page: 
     """What is there, what a run would take, and, once the teacher has scored, what the objective will do with the tokens. With
     `calibrate` the teacher reads a few documents here, and is measured; `page` is where tokens are to be seen in their text."""
     run, store = planned.run, planned.store
+    unread = unread_anchors(run)
+    if unread is not None:
+        say(f"plan: {unread}")
     read = steps = trained = None
     if corpus is not None:
         lengths = corpus.lengths("train")

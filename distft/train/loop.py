@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from distft import stopping
 from distft.config.schema import Train
 from distft.engine.base import Engine
 from distft.engine.world import World
-from distft.errors import TrainingError
+from distft.errors import DistftError, TrainingError
 from distft.progress import say, track
 from distft.stopping import Interrupted
 from distft.train.batches import Feed
@@ -43,6 +43,7 @@ def train(
     loss, drifted = float("nan"), None
     with (
         stopping.gracefully(),
+        closing(checkpoints),
         ThreadPoolExecutor(1) as reader,
         track(label, plan.total_steps, "steps", done=first_step - 1) as meter,
     ):
@@ -52,7 +53,9 @@ def train(
             started, mine = time.monotonic(), coming.result()
             if step < plan.total_steps:
                 coming = reader.submit(feed.step, plan.documents(step + 1))  # reads while the model computes
-            *totals, tokens, stop = world.total(*mine.counts, mine.tokens, stopping.requested())
+            *totals, tokens, stop, unsaved = world.total(*mine.counts, mine.tokens, stopping.requested(), checkpoints.failed)
+            if unsaved:
+                checkpoints.finish()  # which says why
             micro_batches, normaliser = mine.normalised(totals, kl_factor=budget.factor if budget else 1.0)
             if stop:
                 _keep_and_stop(
@@ -69,6 +72,8 @@ def train(
             try:
                 values = engine.train_step(micro_batches, normaliser=normaliser, lr=lr)
             except TrainingError as error:
+                with suppress(DistftError):
+                    checkpoints.finish()  # so that the last one can be named
                 raise TrainingError(
                     error.problem, where=f"step {step}, rows {sorted(plan.documents(step).tolist())[:8]} ... of the training split",
                     help=f"The last checkpoint is step {(checkpoints.steps() or [0])[-1]}. "
@@ -94,8 +99,9 @@ def train(
                 facts = {
                     "loss": loss, "drift": drifted.facts() if drifted else None, "total_steps": plan.total_steps, **_kept(budget)
                 }  # fmt: skip
-                _save(step, engine, world, checkpoints, facts)
+                checkpoints.save(step, engine, facts)
             meter.advance(note=f"loss {loss:.3f}" + (f", drift {drifted.kl:.4f}" if drifted else ""))
+        checkpoints.finish()
     return Finished(steps=plan.total_steps, loss=loss, drift=drifted)
 
 
@@ -118,20 +124,13 @@ def _keep_and_stop(
     if log:
         checkpoints.owner.check()
         log.flush()
+    checkpoints.finish()
     [is_new] = world.total(world.leads and step > (checkpoints.steps() or [0])[-1])
     if is_new:
-        _save(step, engine, world, checkpoints, facts)
+        checkpoints.save(step, engine, facts)
+        checkpoints.finish()
     world.barrier()
     raise Interrupted(f"Stopped after step {step}, which is kept.")
-
-
-def _save(step: int, engine: Engine, world: World, checkpoints: Checkpoints, facts: dict[str, object]) -> None:
-    """The leading rank writes; where no rank holds all, the others give it what they hold."""
-    if world.leads:
-        checkpoints.save(step, engine, facts)
-    else:
-        deque(engine.tensors(), maxlen=0)
-    world.barrier()
 
 
 def _due(every: int | None, step: int) -> bool:

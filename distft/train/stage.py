@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distft.config.check import too_rarely_measured
+from distft.config.check import too_rarely_measured, unread_anchors
 from distft.config.load import dump
 from distft.config.schema import Run
 from distft.corpus.reader import Corpus
@@ -42,8 +42,9 @@ def train_run(
         raise ConfigError(f"train.workers={run.train.workers}, and {world.size} ranks were launched.", where="train.workers",
                           help="Leave it auto, or launch as many.")  # fmt: skip
     folder = store.child("runs", run.name)
+    kept = run.train.checkpoint
     checkpoints = Checkpoints(
-        folder.child("checkpoints"), run_identity(run, model, corpus, cache), keep=run.train.checkpoint.keep
+        folder.child("checkpoints"), run_identity(run, model, corpus, cache), keep=kept.keep, keep_every=kept.keep_every, world=world
     )
     plan = StepPlan(corpus.lengths("train"), run.train)
     try:
@@ -57,15 +58,17 @@ def train_run(
     if newest is not None and newest[1].identity["step"] >= plan.total_steps:
         return _result(run, folder, plan.total_steps, plan.total_steps, newest[1].facts)
 
+    unread = unread_anchors(run)
+    if unread is not None:
+        say(f"train: {unread}")
     engine = open_engine(run, model, world, head_rows=token_rows(model))
     if cache is not None and run.teacher.path is None:
         check_own_teacher(engine.measure, corpus, cache, world, dtype=_coarser(run), where=cache.folder.url)
     if world.leads:
         checkpoints.owner.claim()  # no sooner: a process that cannot even load must not stop one that trains
     world.barrier()  # no rank lists checkpoints that a former owner may still add to
-    restored = checkpoints.restore(engine, staging)
+    restored = checkpoints.restore(engine)
     done = restored.step if restored else 0
-    _agree_on_start(done, world, where=folder.url)
 
     def heldout_drift() -> Drift:
         assert cache is not None, "drift needs the teacher"
@@ -88,17 +91,6 @@ def train_run(
     if budget is not None:
         facts["budget"] = budget.facts()
     return _result(run, folder, finished.steps, done or None, facts)
-
-
-def _agree_on_start(step: int, world: World, *, where: str) -> None:
-    """Ranks read the checkpoints each for itself; one that saw other bytes must not train along from another step."""
-    [leading] = world.total(step if world.leads else 0)
-    [astray] = world.total(step != leading)
-    if astray:
-        raise CorruptArtifactError(
-            f"{astray:.0f} of {world.size} ranks could not restore step {leading:.0f}, which the leading rank restored.", where=where,
-            help="They read the same store through different disks or mounts. Run the command again.",
-        )  # fmt: skip
 
 
 def _coarser(run: Run) -> str:

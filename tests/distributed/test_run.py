@@ -46,7 +46,7 @@ def runs(world: World, made: Lab, broken: Lab) -> dict[str, Any]:
         broken.train(world)
     LocalEngine.train_step = plain
     if world.leads:
-        (weights,) = (Path(broken.run.store) / "runs" / "run" / "checkpoints" / DAMAGED).glob("data/weight-*")
+        (weights,) = (Path(broken.run.store) / "runs" / "run" / "checkpoints" / DAMAGED).glob("data/rank-00000-*")
         data = bytearray(weights.read_bytes())
         data[-10] ^= 1
         weights.write_bytes(data)

@@ -60,10 +60,10 @@ def checkpoints(bench: Bench, name: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("step-*/MANIFEST.json"))]
 
 
-def last_bytes(bench: Bench, name: str) -> tuple[int, dict[str, str]]:
+def last_bytes(bench: Bench, name: str) -> tuple[int, dict[int, str]]:
     """Step and digests of the newest checkpoint."""
     newest = checkpoints(bench, name)[-1]
-    return newest["identity"]["step"], {file["facts"]["part"]: file["sha256"] for file in newest["files"]}
+    return newest["identity"]["step"], {file["facts"]["rank"]: file["sha256"] for file in newest["files"]}
 
 
 def test_killed_and_run_again_it_ends_with_the_same_weights(bench: Bench) -> None:

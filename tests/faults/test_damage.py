@@ -53,12 +53,13 @@ def test_a_deleted_part_is_scored_again(finished: Bench) -> None:
 def test_a_damaged_checkpoint_is_set_aside(finished: Bench) -> None:
     """Training goes on from the one before; what comes out is what would have come out."""
     loss = finished.run("train").json["loss"]
-    flip(next(finished.store.glob("runs/first/checkpoints/step-00000012/data/weight-*")))
-    finished.refused("export", "export.dtype=bfloat16", status=3, says="step 12 is damaged and was set aside: data/weight-")
+    flip(next(finished.store.glob("runs/first/checkpoints/step-00000012/data/rank-*")))
+    finished.refused("export", "export.dtype=bfloat16", status=3, says="step 12 is damaged and was set aside: data/rank-")
     assert (finished.store / "runs/first/model/MANIFEST.json").exists(), "the model that was there still is"
-    flip(next(finished.store.glob("runs/first/checkpoints/step-00000010/data/exp_avg-*")))
-    done = finished.run("train")
+    flip(next(finished.store.glob("runs/first/checkpoints/step-00000010/data/rank-*")))
+    done = finished.refused("train", status=3, says="No checkpoint of this run is whole")
     assert "the bad one is set aside" in done.err
+    done = finished.run("train")
     assert done.json["resumed_from"] is None
     assert done.json["loss"] == loss
 

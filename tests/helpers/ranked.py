@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ def killed_twice(run: Run, folder: str) -> dict[str, Any]:
                 and (rank == 1 or (Path(folder) / "killed-1").exists())
             ):
                 marker.touch()
+                time.sleep(0.5)  # what is being saved may be kept
                 os.kill(os.getpid(), signal.SIGKILL)
         return plain(self, *args, **kwargs)
 
@@ -56,31 +59,20 @@ def without_numbers(run: Run) -> dict[str, Any]:
     return train_here(run)
 
 
-def surroundings(folder: str) -> dict[str, Any]:
-    """What a rank sees of where it is; each leaves it in the folder."""
+def mistaken(folder: str) -> dict[str, Any]:
+    """Each rank leaves in the folder what it sees of where it is. Rank 1 dies, and after the next start has a bug; rank 0 hears of it
+    from the group alone."""
+    from distft.engine.world import join_world
+
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "AWS_ENDPOINT_URL", "DISTFT_CACHE_DIR")
-    found = {name: os.environ.get(name) for name in names} | {"folder": os.getcwd()}
-    Path(folder, f"rank-{ranks.rank()}").write_text(str(found))
-    return found
-
-
-def dying() -> dict[str, Any]:
-    """Rank 1 always dies; rank 0 hears of it from the group."""
-    from distft.engine.world import join_world
-
+    seen = {name: os.environ.get(name) for name in names} | {"folder": os.getcwd()}
+    Path(folder, f"rank-{ranks.rank()}").write_text(json.dumps(seen))
     with join_world() as world:
         if world.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        world.barrier()
-    return {}
-
-
-def mistaken() -> dict[str, Any]:
-    """Rank 1 has a bug; rank 0 hears of it from the group."""
-    from distft.engine.world import join_world
-
-    with join_world() as world:
-        if world.rank == 1:
+            marker = Path(folder) / "died"
+            if not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
             raise KeyError("a mistake of ours")
         world.barrier()
     return {}

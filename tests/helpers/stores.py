@@ -203,7 +203,7 @@ class Lab:
     def restored(self) -> LocalEngine:
         """An engine with the newest checkpoint in it."""
         engine = self.engine()
-        assert self.checkpoints().restore(engine, self.staging) is not None, "there is no checkpoint"
+        assert self.checkpoints().restore(engine) is not None, "there is no checkpoint"
         return engine
 
 

@@ -51,6 +51,8 @@ def test_anchors_alone_are_learned_and_nothing_is_scored_again(finished: Bench, 
     shares = {part: sum(line[f"share_{part}"] for line in lines) / len(lines) for part in ("ce", "kl")}
     assert 0 < shares["ce"] < 1
     assert np.isclose(shares["kl"], 1)  # c = 0.999 leaves a thousandth of the teacher in each anchor
+    assert "does not look at the anchors" not in finished.run("plan", "name=annotated").err
+    assert "objective.kind=sft does not look at the anchors" in finished.run("plan", "objective.kind=sft").err
     [own, *_] = finished.run("plan", "name=annotated", f"objective.normalise={normalise}").json["tokens"]["objectives"]
     assert np.isclose(own["treatments"]["learned"]["tokens"], anchors / supervised)
     assert np.isclose(own["treatments"]["held"]["tokens"], 1 - anchors / supervised)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from distft.config.load import load_config
 from distft.store.location import open_location
 from distft.store.manifest import read_manifest, verify_files
+from distft.train.rank_files import read_weights
 from tests.helpers.runs import Bench, distft, files
 
 KEYS = {
@@ -68,8 +69,7 @@ def test_everything_once(
         "eval/*/MANIFEST.json", "eval/*/data/items-*.jsonl",
         "runs/first/config.yaml", "runs/first/metrics.jsonl", "runs/first/report.html", "runs/first/eval/summary.json",
         "runs/first/checkpoints/OWNER.json",
-        "runs/first/checkpoints/step-*/MANIFEST.json", "runs/first/checkpoints/step-*/data/weight-*.safetensors",
-        "runs/first/checkpoints/step-*/data/exp_avg-*.safetensors", "runs/first/checkpoints/step-*/data/exp_avg_sq-*.safetensors",
+        "runs/first/checkpoints/step-*/MANIFEST.json", "runs/first/checkpoints/step-*/data/rank-*-*.safetensors",
         "runs/first/model/MANIFEST.json", "runs/first/model/model.safetensors", "runs/first/model/config.json",
         "runs/first/model/generation_config.json", "runs/first/model/tokenizer.json", "runs/first/model/tokenizer_config.json",
         "runs/first/model/chat_template.jinja",
@@ -178,9 +178,9 @@ def test_the_model_is_as_usable_as_its_base(finished: Bench) -> None:
     folder = finished.store / "runs" / "first" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder).chat_template == (finished.model / "chat_template.jinja").read_text()
-    [weights] = (finished.store / "runs/first/checkpoints/step-00000012/data").glob("weight-*.safetensors")
+    step = open_location(str(finished.store)).child("runs", "first", "checkpoints", "step-00000012")
     exported = dict(model.named_parameters())
-    for name, tensor in load_file(weights).items():
+    for name, tensor in read_weights(step, read_manifest(step) or pytest.fail("no checkpoint")).items():
         assert exported[name].equal(tensor), name
 
 

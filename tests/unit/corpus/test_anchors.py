@@ -133,6 +133,32 @@ def test_an_anchor_that_is_not_there(renderer: Make, anchor: dict[str, Any], say
     assert told.value.help
 
 
+def test_a_part_that_no_template_marks_is_not_dropped_in_silence(renderer: Make) -> None:
+    parts = "{{ message['content'].split('|')[0] }}|{% generation %}{{ message['content'].split('|')[1] }}"
+    halves = MARKED_CHATML.replace("{% generation %}{{ message['content'] }}", parts)
+    said = chat("Who?", "thinking Ada|It was Ada.")
+    made = renderer(template=halves)
+    assert learned(made, said, {"message": 2, "start": 20, "end": 23}) == ["Ada"]
+    for anchor in ({"message": 2, "start": 9, "end": 18}, {"message": 2}):
+        with pytest.raises(DataError, match="marks text that is not supervised"):
+            learned(made, said, anchor)
+    with pytest.raises(DataError, match="marks no supervised token"):
+        learned(made, said, {"message": 2, "start": 9, "end": 12})
+
+
+def test_what_cannot_be_traced_is_told_of_the_anchor(renderer: Make) -> None:
+    dropping = MARKED_CHATML.replace(
+        "{{ message['content'] }}<|im_end|>{% endgen", "{{ message['content'] | length }}<|im_end|>{% endgen"
+    )
+    with pytest.raises(DataError, match="the anchor cannot be traced") as told:
+        learned(renderer(template=dropping), chat("Who?", "Ada."), {"message": 2, "start": 0, "end": 3})
+    assert told.value.where == "a.jsonl, row 1, anchor 1"
+
+
+def test_token_0_is_never_one(renderer: Make) -> None:
+    assert learned(renderer("text"), row(text="Two and three."), {"start": 0, "end": 3, "text": "Two"}) == ["wo"]
+
+
 def test_a_message_where_there_are_none(renderer: Make) -> None:
     with pytest.raises(DataError, match="is in message 2, and the row has no messages"):
         learned(renderer("text"), row(text="Two and three."), {"message": 2, "start": 0, "end": 3})
@@ -213,7 +239,7 @@ def test_identity_is_the_annotations_bytes(data: Callable[..., Data], tmp_path: 
     [
         ([line(4)], "there is no row 4 in data.train, which has 3 rows"),
         ([line(1, file="b.jsonl") | {"file": "b.jsonl"}], "has 'file'"),
-        ([line(1) | {"file": "b.jsonl"}], "there is no row 1 of a file b.jsonl in data.train"),
+        ([line(1) | {"file": "b.jsonl"}], "no file of data.train is called b.jsonl"),
         ([line(1) | {"file": "a/train.jsonl"}], "without its folders is wanted"),
         ([line(0)], "`row` is 0; a whole number from 1 on is wanted"),
         ([line(1) | {"row": True}], "`row` is True"),
@@ -221,10 +247,11 @@ def test_identity_is_the_annotations_bytes(data: Callable[..., Data], tmp_path: 
         ([line(1, 7, 7)], "the anchor ends at character 7 and starts at 7"),
         ([line(1, text=5)], "`text` is 5; a string is wanted"),
         ([line(1) | {"anchor": 1}], "a line has 'anchor'; known are anchors, file, row"),
-        ([{"row": 1}], "no column 'anchors'"),
+        ([{"row": 1}], "the line has no 'anchors'"),
         ([{"row": 1, "anchors": []}], "no list of at least one anchor"),
         ([{"row": 1, "anchors": [7]}], "an anchor must be an object, not int"),
         ([[1]], "a row must be a JSON object, not list"),
+        ([{"anchors": [{}]}], "the line has no 'row'"),
         ([], "there are no anchors"),
     ],
 )
@@ -241,6 +268,11 @@ def test_an_annotation_that_is_no_file(tmp_path: Path) -> None:
         Annotation(str(tmp_path / "a.jsonl"))
     with pytest.raises(DataError, match=r"read from a \.jsonl file"):
         Annotation(str(tmp_path / "a.csv"))
+    with pytest.raises(DataError, match="home directory"):
+        Annotation("~nobody-of-that-name/a.jsonl")
+    (tmp_path / "long.jsonl").write_text('{"row": 1, "anchors": [{"start": ' + "9" * 5_000 + "}]}")
+    with pytest.raises(DataError, match="not JSON"):
+        Annotation(str(tmp_path / "long.jsonl"))
 
 
 def test_several_files_are_told_apart(tmp_path: Path, built: Callable[[Data], Corpus]) -> None:
@@ -255,6 +287,33 @@ def test_several_files_are_told_apart(tmp_path: Path, built: Callable[[Data], Co
         built(config)
 
 
+def test_files_that_change_their_names_are_other_data(tmp_path: Path, built: Callable[[Data], Corpus]) -> None:
+    """Contents and their order stay as they are, but the line means the other file now."""
+    rows = tmp_path / "rows"
+    write_jsonl(rows / "a.jsonl", ROWS[:1])
+    write_jsonl(rows / "b.jsonl", ROWS[1:2])
+    anchors = write_jsonl(tmp_path / "anchors.jsonl", [line(1) | {"file": "b.jsonl"}])
+    config = Data.model_validate({"train": {"path": str(rows), "anchors": str(anchors)}})
+    before = built(config)
+    (rows / "b.jsonl").rename(rows / "c.jsonl")
+    (rows / "a.jsonl").rename(rows / "b.jsonl")
+    after = built(config)
+    assert before.folder.url != after.folder.url
+    for corpus, told in ((before, b"Bob"), (after, b"Ada")):
+        [text] = [bytes(one.tokens[one.anchors].tolist()) for one in corpus.documents("train") if one.anchors.any()]
+        assert len(text) == len(told)
+    assert [bool(one.anchors.any()) for one in after.documents("train")] == [True, False]
+
+
+def test_files_of_one_name_cannot_be_told_apart(tmp_path: Path, built: Callable[[Data], Corpus]) -> None:
+    for folder in ("a", "b"):
+        write_jsonl(tmp_path / "rows" / folder / "train.jsonl", ROWS)
+    anchors = write_jsonl(tmp_path / "anchors.jsonl", [line(2) | {"file": "train.jsonl"}])
+    config = Data.model_validate({"train": {"path": str(tmp_path / "rows" / "**" / "*.jsonl"), "anchors": str(anchors)}})
+    with pytest.raises(DataError, match=r"2 files of data.train are called train.jsonl"):
+        built(config)
+
+
 def test_rows_beyond_the_limit_are_not_missed_unless_they_are_all(
     data: Callable[..., Data], built: Callable[[Data], Corpus]
 ) -> None:
@@ -262,6 +321,17 @@ def test_rows_beyond_the_limit_are_not_missed_unless_they_are_all(
     assert [bool(one.anchors.any()) for one in found.documents("train")] == [True, False]
     with pytest.raises(DataError, match="none of its anchors is in the 2 rows that are taken"):
         built(data(line(3), limit=2))
+
+
+def test_a_limit_forgives_nothing_else(data: Callable[..., Data], built: Callable[[Data], Corpus], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no file of data.train is called typo.jsonl"):
+        built(data(line(1), line(3) | {"file": "typo.jsonl"}, limit=2))
+    config = data(line(1), line(2), limit=2)
+    path = tmp_path / "train.jsonl"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([first, "", *others]))  # row 2 is blank now
+    with pytest.raises(DataError, match=r"there is no row 2 in data.train, which has 2 rows"):
+        built(config)
 
 
 def test_it_is_taken_up_where_it_was_cut_off(data: Callable[..., Data], tmp_path: Path) -> None:

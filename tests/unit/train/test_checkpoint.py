@@ -15,6 +15,7 @@ from distft.engine import choose
 from distft.engine.local import LocalEngine
 from distft.errors import ConfigError, StaleArtifactError
 from distft.train import owner
+from distft.train.checkpoint import Checkpoints
 from distft.train.loop import _step_seed
 from distft.train.record import read_metrics
 from tests.helpers.stores import Lab, lab, random_documents
@@ -29,25 +30,30 @@ def facts(step: int) -> dict[str, object]:
     return {"loss": 1.0, "drift": None, "total_steps": step}
 
 
+def keep(checkpoints: Checkpoints, step: int, engine: LocalEngine) -> None:
+    checkpoints.save(step, engine, facts(step))
+    checkpoints.finish()
+
+
 def test_who_is_thought_dead_stops_at_its_next_save(made: Lab) -> None:
     engine, first, second = made.engine(), made.checkpoints(), made.checkpoints()
     first.owner.claim()
-    first.save(1, engine, facts(1))
+    keep(first, 1, engine)
     second.owner.claim()
     with pytest.raises(StaleArtifactError, match=r"Process [0-9]+ on .* has taken this run over"):
-        first.save(2, engine, facts(2))
+        keep(first, 2, engine)
     assert first.steps() == [1]
-    second.save(2, engine, facts(2))
+    keep(second, 2, engine)
     assert second.steps() == [1, 2]
 
 
 def test_without_a_claim_a_step_is_committed_once(made: Lab) -> None:
     engine, first, second = made.engine(), made.checkpoints(), made.checkpoints()
-    first.save(1, engine, facts(1))
+    keep(first, 1, engine)
     folder = first.folder.child("step-00000001")
     before = folder.names(recursive=True)
     with pytest.raises(StaleArtifactError, match="Step 1 was committed by another process"):
-        second.save(1, engine, facts(1))
+        keep(second, 1, engine)
     assert folder.names(recursive=True) == before
 
 
@@ -57,20 +63,20 @@ def test_a_takeover_while_a_checkpoint_is_written(made: Lab) -> None:
     engine, first, second = made.engine(), made.checkpoints(), made.checkpoints()
     first.keep = 1
     first.owner.claim()
-    first.save(1, engine, facts(1))
-    plain = engine.tensors
+    keep(first, 1, engine)
+    plain = engine.slices
 
-    def tensors() -> Any:
+    def slices() -> Any:
         yield from plain()
         second.owner.claim()
 
-    engine.tensors = tensors
+    engine.slices = slices
     with pytest.raises(StaleArtifactError, match="taken this run over"):
-        first.save(2, engine, facts(2))
-    engine.tensors = plain
+        keep(first, 2, engine)
+    engine.slices = plain
     assert first.steps() == [1, 2]
     names = first.folder.child("step-00000002").names(recursive=True)
-    second.save(2, engine, facts(2))
+    keep(second, 2, engine)
     assert second.folder.child("step-00000002").names(recursive=True) == names
 
 
@@ -102,7 +108,7 @@ def test_a_process_that_cannot_start_stops_nobody(made: Lab, monkeypatch: pytest
     monkeypatch.setattr(choose, "load_model", full)
     with pytest.raises(torch.OutOfMemoryError):
         made.train()
-    first.save(1, engine, facts(1))
+    keep(first, 1, engine)
 
 
 def test_a_run_that_is_being_trained_here_is_not_taken_over(made: Lab) -> None:

@@ -1,0 +1,221 @@
+"""Where a training group and its driver talk, whatever machines they are on: an actor beside the driver.
+
+What ranks tell is kept in order until the driver hears it. The group is started from here, so Ray ends all of it with this actor: when
+the driver is killed, and when it has heard enough.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from distft.errors import DistftError
+from distft.progress import Meter
+
+ADVANCE_SECONDS = 0.2
+"""Steps of a progress bar are told no more often."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """What is to be done, by how many, and what each needs around it."""
+
+    work: Callable[[], dict[str, Any]]
+    ranks: int
+    gpu: bool
+    threads: int
+    restarts: int
+    folder: str
+    """The driver's working directory: paths in a run file are seen from there."""
+    environment: dict[str, str] = field(repr=False)
+    scratch: str
+    """Where Ray Train keeps its own accounts. Nothing of the run is there."""
+    loopback: bool
+    """Whether Ray keeps to this machine alone, so that ranks can, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Hello of a rank that has started."""
+
+    rank: int
+    host: str
+    process: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A progress bar."""
+
+    meter: int
+    label: str
+    total: float | None
+    unit: str
+    done: float
+
+
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    meter: int
+    amount: float
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    meter: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A rank raised: an error for a user, or a bug, of which text and traceback remain."""
+
+    rank: Rank
+    error: DistftError | str
+    final: bool = False
+    """Whether another start would end in the same way: with the same bad input, artifact or numbers."""
+    trace: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The group has failed: `deaths` says of ranks that died how."""
+
+    deaths: dict[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """A rank that was told to stop had not begun to train."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """A rank stopped where it was told to, and what it says of that."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    result: dict[str, Any]
+
+
+class Desk:
+    """The actor. Its methods run in one event loop; the group's own driver is in a thread beside it."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        self.over = False
+        self.ranks: dict[int, Rank] = {}
+        self.news, self.stopping = asyncio.Event(), asyncio.Event()
+
+    async def run(self, group: Group, desk: Any) -> str:
+        """Until all ranks are done: "", or why Ray gave the group up. `desk` is this actor as others see it."""
+        # Read by Ray Train where it is called. Its own notes on time spent go nowhere, so none are taken.
+        os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        from distft.cluster.rank import fit
+
+        return await asyncio.to_thread(fit, group, desk)
+
+    async def tell(self, *events: Any) -> bool:
+        """Whether the group is not to be started again."""
+        self.over = self.over or any(isinstance(event, Failed) and event.final for event in events)
+        self.told += events
+        self.news.set()
+        return self.over
+
+    async def hello(self, rank: Rank) -> Rank | None:
+        """Who had this rank's place before."""
+        before = self.ranks.get(rank.rank)
+        self.ranks[rank.rank] = rank
+        await self.tell(rank)
+        return before
+
+    async def hear(self, seconds: float) -> list[Any]:
+        """What was told since the last time; waits so long for something."""
+        if not self.told:
+            self.news.clear()
+            try:
+                await asyncio.wait_for(self.news.wait(), seconds)
+            except TimeoutError:
+                return []
+        told, self.told = self.told, []
+        return told
+
+    async def stop(self) -> None:
+        self.stopping.set()
+
+    async def stop_asked(self) -> None:
+        """Returns when the driver wants the ranks to stop."""
+        await self.stopping.wait()
+
+
+class Line:
+    """A rank's line to the desk, and its `progress.Voice`."""
+
+    def __init__(self, ray: Any, desk: Any) -> None:
+        self.ray, self.desk = ray, desk
+        self.numbers = count()
+
+    def say(self, text: str) -> None:
+        self.tell(Said(text))
+
+    @contextmanager
+    def track(self, label: str, total: float | None, unit: str, done: float) -> Iterator[Meter]:
+        meter = _ToldMeter(self, next(self.numbers))
+        self.tell(Opened(meter.number, label, total, unit, done))
+        yield meter
+        meter.flush()
+        self.tell(Closed(meter.number))
+
+    def tell(self, *events: Any) -> None:
+        """Returns at once. Calls of one process arrive in order."""
+        self.desk.tell.remote(*events)
+
+    def tell_surely(self, *events: Any) -> None:
+        """Returns when it has arrived: what comes next may be the end of this process."""
+        self.ask(self.desk.tell, *events)
+
+    def ask(self, method: Any, *given: Any) -> Any:
+        """What a method of the desk answers."""
+        return self.ray.get(method.remote(*given))
+
+
+class _ToldMeter:
+    def __init__(self, line: Line, number: int) -> None:
+        self.line, self.number = line, number
+        self.amount, self.note = 0.0, ""
+        self.last = time.monotonic()
+        self.lock = threading.Lock()
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:
+        with self.lock:
+            self.amount += amount
+            self.note = note or self.note
+            due = time.monotonic() - self.last >= ADVANCE_SECONDS
+        if due:
+            self.flush()
+
+    def flush(self) -> None:
+        with self.lock:
+            self.last = time.monotonic()
+            amount, self.amount = self.amount, 0.0
+            if amount:
+                self.line.tell(Advanced(self.number, amount, self.note))
