@@ -155,7 +155,7 @@ def measure(
 ) -> TokenValues:  # fmt: skip
     """Each token's values, with no gradient; the weights in `targets` do not matter."""
     size = chunk or loss_chunk(shape, targets.teacher, hidden_ND.dtype)
-    asked = wanted & {"entropy", "top_entropy"}
+    asked = wanted & {"entropy", "top_entropy", "collision"}
     columns: dict[str, list[Tensor]] = {name: [] for name in ("ce", "kl", "rkl", *sorted(asked))}
     with torch.no_grad():
         for rows in _chunks(len(hidden_ND), size):

@@ -1,11 +1,11 @@
 """Signals in, treatment out: the algebra that every objective speaks.
 
-An objective looks at what is known of each supervised token and says what to do with it, as five weights, none of them negative but
-the entropy's:
+An objective looks at what is known of each supervised token and says what to do with it, as five weights:
 
     loss_t = ce_t * CE(y_t, p) + kl_t * KL(q||p) + rkl_t * KL(p||q) - entropy_t * H(p) + collision_t * C(p)
 
-with C(p) the sum of p_v squared, the chance that two draws from p are the same token.
+with C(p) the sum of p_v squared, the chance that two draws from p are the same token. None is negative but `entropy`, which rewards
+H(p) where it is above 0 and punishes it where it is below.
 
 Every token belongs to a group, nearly always the only one. The step's loss is the sum over groups of
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from distft.config.section import Section
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-LiveField = Literal["label_logprob", "entropy", "top_entropy", "kl", "rkl"]
+LiveField = Literal["label_logprob", "entropy", "top_entropy", "kl", "rkl", "collision"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +51,14 @@ class LiveSignals:
     """KL(q||p) in nats, as the loss computes it."""
     rkl: Floats
     """KL(p||q) in nats, as the loss computes it."""
+    collision: Floats
+    """C(p), from the whole vocabulary."""
 
 
 def live_signals(tokens: int, **known: Floats) -> LiveSignals:
     """Live signals of which the named ones are known."""
     blank = np.full(tokens, np.nan, np.float32)
-    return LiveSignals(**{"label_logprob": blank, "entropy": blank, "top_entropy": blank, "kl": blank, "rkl": blank, **known})
+    return LiveSignals(**{**dict.fromkeys(get_args(LiveField), blank), **known})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

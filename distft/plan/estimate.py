@@ -42,6 +42,8 @@ class Estimate:
     """Of the whole corpus; None until it is tokenised."""
     memory_per_rank: int
     """Bytes: weights, gradients, both moments, activations of one micro-batch, and the loss head."""
+    checkpoint_bytes: int
+    """Of one checkpoint, over all ranks; so much of the hosts' memory, too, while it is written."""
     score_hours: float | None
     train_hours: float | None
     """On one H100; None until the corpus is tokenised."""
@@ -80,6 +82,7 @@ def estimate(
         basis=known.basis,
         teacher_bytes=None if scored_tokens is None else round(known.amount * scored_tokens) + head_bytes,
         memory_per_rank=memory_per_rank(run, parameters, config),
+        checkpoint_bytes=12 * parameters,
         score_hours=None if tokens is None else 2 * teacher_parameters * tokens / pace,
         train_hours=None if trained_tokens is None else passes * parameters * _all_tokens(run, trained_tokens) / pace,
     )
@@ -114,13 +117,19 @@ def head_bytes(run: Run, *, rows: int, width: int) -> int:
 
 
 def memory_per_rank(run: Run, parameters: int, config: dict[str, Any]) -> int:
-    """The local engine: every rank holds all. float32 takes 16 bytes a parameter (weight, gradient, two moments); bfloat16 20
-    (weight and gradient in two bytes each, and float32 master, gradient sum, two moments)."""
+    """float32 takes 16 bytes a parameter (weight, gradient, two moments); bfloat16 20 (weight and gradient in two bytes each, and
+    float32 master, gradient sum, two moments). ZeRO-3 shares them among as many ranks as the run file says, and holds the head and
+    two layers whole while it computes with them."""
     half = run.model.dtype == "bfloat16"
+    ranks = run.train.workers if isinstance(run.train.workers, int) else 1
     layers, width = int(config.get("num_hidden_layers", 0)), int(config.get("hidden_size", 0))
     # 34 bytes per token, layer and unit of width in half precision without the attention matrix (Korthikanti et al. 2022, eq. 2)
     per_token = 2 * width * layers if run.train.gradient_checkpointing else 34 * width * layers
     activations = per_token * (1 if half else 2) * run.train.micro_batch_tokens
     # of a micro-batch's head the gradient's float32 sum, and in bfloat16 what it is rounded to before it is added to the others
     head = HEAD_BUFFER_BYTES + (6 if half else 4) * int(config.get("vocab_size", 0)) * width
-    return (20 if half else 16) * parameters + activations + head
+    state = (20 if half else 16) * parameters
+    if run.train.engine == "zero3" or (run.train.engine == "auto" and ranks > 1):
+        in_use = int(config.get("vocab_size", 0)) * width + 2 * parameters // max(1, layers)
+        state = state // ranks + (2 if half else 4) * in_use
+    return state + activations + head

@@ -33,6 +33,7 @@ def plan_text(result: dict[str, Any]) -> str:
         "", "# estimate",
         f"parameters             {figures['parameters']:,}",
         f"memory per rank        {figures['memory_per_rank'] / 2**30:.1f} GiB",
+        f"checkpoint             {figures['checkpoint_bytes'] / 2**30:.1f} GiB each, and as much memory of all ranks' hosts",
         f"teacher cache          {_cache(figures) if read else _UNREAD}",
         f"steps                  {_LATER if figures['steps'] is None else format(figures['steps'], ',')}",
         f"scoring                {_hours(figures['score_hours']) if read else _UNREAD}",

@@ -38,9 +38,9 @@ def chosen_documents(plan: TokenPlan, documents: int = PAGE_DOCUMENTS, tokens: i
     lost = np.where(idle if idle.any() else True, plan.ce, 0.0)
     per_document = np.add.reduceat(np.append(lost, 0.0), plan.starts[:-1]) if len(plan.seen) else np.zeros(0)
     per_document[np.diff(plan.starts) == 0] = 0.0
-    first: dict[str, int] = {}
-    for number, seen in enumerate(plan.seen):
-        first.setdefault(seen.document.digest, number)
+    first: dict[tuple[str, bytes], int] = {}
+    for number, seen in enumerate(plan.seen):  # rows of one text may differ in what is marked, and then in what is learned
+        first.setdefault((seen.document.digest, seen.document.anchors.tobytes()), number)
     unique = list(first.values())
     even = unique if len(unique) <= documents else [unique[(2 * n + 1) * len(unique) // documents] for n in range(documents // 2)]
     reason = f"most CE that {one.name} does not learn" if idle.any() else "most CE"

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from distft.config.schema import NoDistribution, Run, Sample
 from distft.corpus.reader import Document
 from distft.objectives.catalog import Eaft, Eksft, Objective, Stm, Talr
-from distft.objectives.treatment import LiveSignals, ObjectiveRule, Signals, Treatment, follows
+from distft.objectives.treatment import ObjectiveRule, Signals, Treatment, follows, live_signals
 
 TREATMENTS = ("learned", "both", "held", "entropy", "masked", "live")
 """In the order in which they are told. both: learned and held; entropy: an entropy bonus and nothing else; masked: no weight at all;
@@ -216,7 +216,10 @@ def at_step_0(rule: ObjectiveRule, signals: Signals, *, own_teacher: bool) -> Tr
     # The cache has no entropy of the 20 highest logits. That of all is near it where the model is sure and above it where the tail is
     # heavy; it is cut at the most that 20 tokens can have.
     top = np.minimum(signals.entropy, np.float32(math.log(20)))
-    live = LiveSignals(label_logprob=signals.label_logprob, entropy=signals.entropy, top_entropy=top, kl=zero, rkl=zero)
+    # The collision is not known, and no rule reads it of a token that has not moved.
+    live = live_signals(
+        len(signals), label_logprob=signals.label_logprob, entropy=signals.entropy, top_entropy=top, kl=zero, rkl=zero
+    )
     return rule.treat(replace(signals, live=live))
 
 

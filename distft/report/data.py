@@ -92,6 +92,11 @@ class RunData:
         """Whether drift is measured from the untouched model itself."""
         return self.get("teacher.path") is None
 
+    @property
+    def counts_sequences(self) -> bool:
+        """Whether the loss is a mean over sequences and no mean over tokens, so that shares in the log are tokens per sequence."""
+        return (self.get("objective.kind"), self.get("objective.variant")) == ("eksft", "published_code")
+
 
 def read_runs(store: Location, names: list[str]) -> list[RunData]:
     """The named runs, in that order, each once."""

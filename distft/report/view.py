@@ -17,7 +17,10 @@ from distft.report.results import outcomes, same_meter, same_start, score_interv
 from distft.report.verdict import origin, verdict
 from distft.store.manifest import differences, fingerprint
 
-PARTS = {"ce": "cross-entropy", "kl": "KL(teacher‖student)", "rkl": "KL(student‖teacher)", "entropy": "entropy of the student"}
+PARTS = {
+    "ce": "cross-entropy", "kl": "KL(teacher‖student)", "rkl": "KL(student‖teacher)", "entropy": "entropy of the student",
+    "collision": "Σp² of the student",
+}  # fmt: skip
 
 
 def view(runs: Sequence[RunData], title: str | None) -> dict[str, Any]:
@@ -38,6 +41,7 @@ def view(runs: Sequence[RunData], title: str | None) -> dict[str, Any]:
         "drifts": [_drift(i, run) for i, run in enumerate(runs)] if any(run.drift for run in runs) else [],
         "curves": [*step_curves(runs, PART_CURVES), *drift_curves(runs)],
         "shares": [row for i, run in enumerate(runs) for row in _shares(i, run)],
+        "per_sequence": any(run.counts_sequences for run in runs),
         "answers": answer_groups(runs),
         "costs": [_cost(i, run) for i, run in enumerate(runs) if run.metrics],
         "optimizer": step_curves(runs, OPTIMIZER_CURVES),
@@ -120,20 +124,27 @@ def _drift(place: int, run: RunData) -> dict[str, str]:
 
 
 def _shares(place: int, run: RunData) -> list[dict[str, Any]]:
-    """What part of the normaliser's tokens each treatment took, over the whole run, and its extremes over steps."""
-    rows = []
+    """What part of the normaliser's tokens each treatment took, over the whole run, and its extremes over steps; tokens per sequence
+    where the normaliser counts those, of which no bar can be drawn."""
+    rows, form = [], _per_sequence if run.counts_sequences else words.percent
     for part, title in PARTS.items():
         lines = [line for line in run.metrics if line.get(f"share_{part}") is not None]
         if not any(line[f"share_{part}"] for line in lines):
             continue
         values = [float(line[f"share_{part}"]) for line in lines]
-        mean = sum(v * line["tokens"] for v, line in zip(values, lines, strict=True)) / sum(line["tokens"] for line in lines)
+        counted = [line.get("normaliser", line["tokens"]) for line in lines]
+        mean = sum(v * n for v, n in zip(values, counted, strict=True)) / sum(counted)
         rows.append({
-            "swatch": figures.dot(place), "name": run.name, "part": title, "place": place, "mean": words.percent(mean),
-            "low": words.percent(min(values)), "high": words.percent(max(values)), "width": f"{100 * min(1.0, mean):.2f}",
+            "swatch": figures.dot(place), "name": run.name, "part": title, "place": place, "mean": form(mean),
+            "low": form(min(values)), "high": form(max(values)),
+            "width": None if run.counts_sequences else f"{100 * min(1.0, mean):.2f}",
             **_start_and_end(lines, part),
         })  # fmt: skip
     return rows
+
+
+def _per_sequence(tokens: float) -> str:
+    return f"{words.number(tokens, 1)} per sequence"
 
 
 def _start_and_end(lines: list[dict[str, Any]], part: str) -> dict[str, str]:

@@ -6,28 +6,30 @@ What one machine wrote as a whole, another may need a part of: a checkpoint of e
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO, NamedTuple
 
-from distft.errors import CorruptArtifactError
+import numpy as np
+import numpy.typing as npt
+
+from distft.errors import CorruptArtifactError, MissingArtifactError
 from distft.store.location import Location
 from distft.store.manifest import FileEntry
 
 BLOCK_BYTES = 16 << 20
-AHEAD = 2
-"""Blocks that are fetched while the one before them is used."""
-KEPT = 12
-"""Blocks in memory: those of three places that move on side by side, and what is ahead of each."""
+AHEAD = 4
+"""Blocks that are fetched while one is used, or are there before their turn."""
 
 
 class BlockWriter:
-    """Writes to a file and hashes what passes."""
+    """Writes to a file and hashes what passes, by block and as a whole: nothing has to be read back."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
-        self._whole: list[str] = []
+        self._all = hashlib.sha256()
+        self._blocks: list[str] = []
         self._open, self._room = hashlib.sha256(), BLOCK_BYTES
 
     def write(self, data: memoryview) -> None:
@@ -36,6 +38,7 @@ class BlockWriter:
             part, data = data[: self._room], data[self._room :]
             self.file.write(part)
             self._open.update(part)
+            self._all.update(part)
             self._room -= len(part)
             if not self._room:
                 self._close()
@@ -44,59 +47,116 @@ class BlockWriter:
         """What the manifest is to say of the file, once all of it is written."""
         if self._room < BLOCK_BYTES:
             self._close()
-        return {"block_bytes": BLOCK_BYTES, "blocks": self._whole}
+        return {"block_bytes": BLOCK_BYTES, "blocks": self._blocks}
+
+    def sha256(self) -> str:
+        """Of all that was written."""
+        return self._all.hexdigest()
 
     def _close(self) -> None:
-        self._whole.append(self._open.hexdigest())
+        self._blocks.append(self._open.hexdigest())
         self._open, self._room = hashlib.sha256(), BLOCK_BYTES
 
 
-class BlockReader:
-    """Reads where it is asked to, for one thread; a block with other bytes than the manifest promises is an error that names it."""
+class Span(NamedTuple):
+    """Some bytes of a file of a manifest."""
 
-    def __init__(self, folder: Location, entry: FileEntry) -> None:
-        self.folder, self.entry = folder, entry
-        self.block_bytes, self.digests = _promised(folder, entry)
-        self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()
-        self._pool = ThreadPoolExecutor(1 + AHEAD)
+    entry: FileEntry
+    start: int
+    length: int
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._pool.shutdown(cancel_futures=True)
+def read_spans(folder: Location, spans: Sequence[Span]) -> Generator[npt.NDArray[np.uint8], None, None]:
+    """The bytes of each span, in turn. The blocks that hold them are fetched once each, and no others. In memory are AHEAD blocks at
+    most whose turn comes next, and those that were used and will be again: where places of a file are read side by side, one of each.
+    A block with other bytes than the manifest promises is an error that names it. Whoever stops early waits for no fetch."""
+    blocks = _Blocks(folder, spans)
+    try:
+        for span in spans:
+            found, filled = np.empty(span.length, np.uint8), 0
+            for number, part in blocks.of(span):
+                piece = np.frombuffer(blocks.take(span.entry, number), np.uint8)[part]
+                found[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                del piece  # else it would hold a block that is done with
+                blocks.used(span.entry, number)
+            yield found
+    finally:
+        blocks.close()
 
-    def read_into(self, start: int, into: memoryview) -> None:
-        """Fills `into` with the file's bytes from `start` on."""
-        into = into.cast("B")
-        if start < 0 or start + len(into) > self.entry.size:
-            raise CorruptArtifactError(
-                f"{self.entry.name} has {self.entry.size} bytes, and {start} to {start + len(into)} are looked for",
-                where=self.folder.url,
-            )
-        while len(into):
-            number, place = divmod(start, self.block_bytes)
-            part = memoryview(self._block(number))[place : place + len(into)]
-            into[: len(part)] = part
-            start, into = start + len(part), into[len(part) :]
 
-    def _block(self, number: int) -> bytes:
-        for coming in range(number, min(number + 1 + AHEAD, len(self.digests))):
-            if coming not in self._blocks:
-                self._blocks[coming] = self._pool.submit(self._fetch, coming)
-            self._blocks.move_to_end(coming)
-        while len(self._blocks) > KEPT:
-            self._blocks.popitem(last=False)[1].cancel()
-        return self._blocks[number].result()
+class _Blocks:
+    """What of the spans' blocks is in memory or on its way."""
 
-    def _fetch(self, number: int) -> bytes:
-        start = number * self.block_bytes
-        data = self.folder.read_range(self.entry.name, start, min(self.block_bytes, self.entry.size - start))
+    def __init__(self, folder: Location, spans: Sequence[Span]) -> None:
+        self.folder = folder
+        entries = {span.entry.name: span.entry for span in spans}
+        self._promised = {name: _promised(folder, entry) for name, entry in entries.items()}
+        self._uses: Counter[tuple[str, int]] = Counter()
+        self._later: deque[tuple[FileEntry, int]] = deque()
+        self._ahead: deque[tuple[str, int]] = deque()
+        self._here: dict[tuple[str, int], Future[bytes]] = {}
+        for span in spans:
+            if span.start < 0 or span.start + span.length > span.entry.size:
+                raise CorruptArtifactError(
+                    f"{span.entry.name} has {span.entry.size} bytes, and {span.start} to {span.start + span.length} are looked for",
+                    where=folder.url,
+                )
+            for number, _ in self.of(span):
+                if (span.entry.name, number) not in self._uses:
+                    self._later.append((span.entry, number))
+                self._uses[span.entry.name, number] += 1
+        self._pool = ThreadPoolExecutor(1 + AHEAD, "blocks")
+
+    def of(self, span: Span) -> Iterator[tuple[int, slice]]:
+        """The numbers of the blocks that hold the span, and which part of each does."""
+        size, _ = self._promised[span.entry.name]
+        start, stop = span.start, span.start + span.length
+        while start < stop:
+            number, place = divmod(start, size)
+            length = min(size - place, stop - start)
+            yield number, slice(place, place + length)
+            start += length
+
+    def take(self, entry: FileEntry, number: int) -> bytes:
+        """A block, by the spans' order; those that come next are on their way when it is here."""
+        key = (entry.name, number)
+        if key not in self._here:
+            self._fetch_ahead(1)
+        if self._ahead and self._ahead[0] == key:
+            self._ahead.popleft()
+        self._fetch_ahead(AHEAD)
+        return self._here[key].result()
+
+    def used(self, entry: FileEntry, number: int) -> None:
+        """After the last use it is gone."""
+        key = (entry.name, number)
+        self._uses[key] -= 1
+        if not self._uses[key]:
+            del self._here[key]
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._here.clear()
+
+    def _fetch_ahead(self, count: int) -> None:
+        while self._later and len(self._ahead) < count:
+            entry, number = self._later.popleft()
+            self._ahead.append((entry.name, number))
+            self._here[entry.name, number] = self._pool.submit(self._fetch, entry, number)
+
+    def _fetch(self, entry: FileEntry, number: int) -> bytes:
+        size, digests = self._promised[entry.name]
+        start = number * size
+        try:
+            data = self.folder.read_range(entry.name, start, min(size, entry.size - start))
+        except MissingArtifactError as error:
+            raise CorruptArtifactError(f"{entry.name} is in the manifest, and gone", where=self.folder.url) from error
         found = hashlib.sha256(data).hexdigest()
-        if found != self.digests[number]:
+        if found != digests[number]:
             raise CorruptArtifactError(
-                f"{self.entry.name} is damaged between bytes {start} and {start + len(data)}: sha256 {found[:12]}..., not "
-                f"{self.digests[number][:12]}...", where=self.folder.url,
+                f"{entry.name} is damaged between bytes {start} and {start + len(data)}: sha256 {found[:12]}..., not "
+                f"{digests[number][:12]}...", where=self.folder.url,
             )  # fmt: skip
         return data
 

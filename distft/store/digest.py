@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from distft.store.local import exclusively
 YOUNG_SECONDS = 2.0
 """A file touched this recently may change again without its times changing, so its digest is not kept (git does the same)."""
 MEMO_ENTRIES = 20_000
+READ_BYTES = 1 << 20
 SHOWN_FROM_BYTES = 1 << 30
 """Reading so much takes a few seconds."""
 
@@ -45,10 +47,15 @@ def document_digest(tokens: npt.NDArray[np.uint32], supervised: npt.NDArray[np.b
     return digest.hexdigest()[:32]
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(path: Path, seen: Callable[[int], None] | None = None) -> str:
+    """sha256 of a file's bytes, as hex. `seen` is told how many were read, time and again."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            if seen is not None:
+                seen(count)
+    return digest.hexdigest()
 
 
 def files_sha256(paths: Iterable[Path]) -> dict[Path, str]:
@@ -57,6 +64,7 @@ def files_sha256(paths: Iterable[Path]) -> dict[Path, str]:
     wanted = list(dict.fromkeys(paths))
     _recall()
     learnt: dict[str, str] = {}
+    counting = threading.Lock()  # a meter is one thread's
     unread = sum(size for path in wanted if (size := _unread(path)))
 
     def digest(path: Path) -> str:
@@ -64,7 +72,7 @@ def files_sha256(paths: Iterable[Path]) -> dict[Path, str]:
             key, changed = _key(path)
             if key in _known:
                 return _known[key]
-            value = file_sha256(path)
+            value = file_sha256(path) if meter is None else file_sha256(path, seen)
             key_after, _ = _key(path)
         except FileNotFoundError as error:
             raise MissingArtifactError(f"no file {path}", where=str(path)) from error
@@ -74,9 +82,12 @@ def files_sha256(paths: Iterable[Path]) -> dict[Path, str]:
             raise StoreError(f"{path} changed while it was read", where=str(path), help="Wait until its writer is done.")
         if time.time() - changed >= YOUNG_SECONDS:
             learnt[key] = value
-        if meter is not None:
-            meter.advance(path.stat().st_size)
         return value
+
+    def seen(count: int) -> None:
+        with counting:
+            assert meter is not None
+            meter.advance(count)
 
     shown = track("checking files", unread, "bytes") if unread >= SHOWN_FROM_BYTES else contextlib.nullcontext()
     with shown as meter, ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:

@@ -2,8 +2,8 @@
 
 A checkpoint is complete or it is not one. Saving blocks for a copy in memory; a thread writes it while training goes on, and the
 leading rank's commits what all have written. They meet in the store and not in a collective, which would have to wait for its turn
-among those of training. Loading verifies every block that it reads, on any number of ranks, and falls back to the checkpoint before, by
-name, when one is wrong. The randomness of a step is a function of (seed, step, rank), so no generator state needs keeping.
+among those of training. Loading verifies every block that it reads, on any number of ranks, and falls back to the checkpoint before,
+by name, when one is wrong. The randomness of a step is a function of (seed, step, rank), so no generator state needs keeping.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class Checkpoints:
         """Puts the newest checkpoint that is good on all ranks into the engine; None when there is none. One that is not is set
         aside; after the last of them the engine is neither what it was nor a checkpoint, and that is an error."""
         bad: CorruptArtifactError | None = None
-        seen = self.world.gather(torch.tensor(self.steps(), dtype=torch.int64))[0].tolist()  # disks may show ranks different things
+        # The leading rank's: disks may show ranks different things.
+        seen = self.world.gather(torch.tensor(self.steps(), dtype=torch.int64))[0].tolist()
         for step in reversed(seen):
             where = step_folder(self.folder, step)
             wrong = manifest = None
@@ -153,7 +154,8 @@ class Checkpoints:
         notes = [_note(attempt, rank) for rank in range(1, self.world.size)]
         entries = (entry, *(self._await(where, note) for note in notes))
         identity = {"step": step, "run": self.identity}
-        ours = Manifest(kind="checkpoint", identity=identity, files=entries, facts={**facts, **manifest_facts(snapshot.parameters)})
+        told = {**facts, **manifest_facts(snapshot.parameters)}
+        ours = Manifest(kind="checkpoint", identity=identity, files=entries, facts=told)
         committed = commit(where, ours)
         for note in notes:
             where.delete(note)

@@ -1,10 +1,11 @@
 """`metrics.jsonl`: a line per step, for people and plots.
 
 `loss` is what was minimised. `ce`, `kl`, `rkl` and `entropy` are unweighted means in nats over the tokens that bear that weight,
-`share_*` is how many those tokens are for each that the normaliser counts (above 1 where a held prompt is longer than its answer), and
-`mass_*` is what the part adds to the loss, in nats: all add up to it, an entropy bonus counting below 0. `collision`, which has no
-unit, is there only in steps where a token bears its weight. Where the normaliser counts sequences, so do shares: they are tokens for
-each. A resumed run drops the lines after its checkpoint and goes on.
+`normaliser` is what the loss was divided by: as many tokens or, for a rule that counts those, sequences. `share_*` is how many tokens
+bear the weight for each that it counts: above 1 where a held prompt is longer than its answer, and tokens per sequence where it counts
+sequences. `mass_*` is what the part adds to the loss, in nats, and all add up to it. An entropy's is below 0 where entropy is rewarded,
+and above where a negative weight punishes it. `collision`, which has no unit, is there only in steps where a token bears its weight. A
+resumed run drops the lines after its checkpoint and goes on.
 """
 
 from __future__ import annotations
@@ -51,4 +52,5 @@ def step_line(step: int, values: StepValues, *, normaliser: float, tokens: int, 
     for part, count in counts.items():
         line[f"share_{part}"] = count / normaliser
     line |= {f"mass_{part}": values.masses[part] for part in counts}
-    return {**line, "tokens": tokens, "lr": lr, "grad_norm": values.grad_norm, "tokens_per_second": tokens / max(seconds, 1e-9)}
+    line |= {"normaliser": normaliser, "tokens": tokens}
+    return {**line, "lr": lr, "grad_norm": values.grad_norm, "tokens_per_second": tokens / max(seconds, 1e-9)}

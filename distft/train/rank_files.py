@@ -1,8 +1,8 @@
 """A checkpoint's numbers: a file per rank, written without waiting for others, and read back by any number of ranks.
 
 A file is safetensors, of three flat float32 vectors (`weight`, `exp_avg`, `exp_avg_sq`). Each is what its rank owns of every
-parameter, one after another in the order that the manifest gives. What a rank owns follows from numbers alone (`engine.base.share`), so
-that whoever wants some elements of a parameter knows which bytes of which files to read. They are verified by block (store/blocks.py).
+parameter, one after another in the order that the manifest gives. What a rank owns follows from numbers alone (`engine.base.share`):
+whoever wants some elements of a parameter knows which bytes of which files to read. They are verified by block (store/blocks.py).
 """
 
 from __future__ import annotations
@@ -10,23 +10,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from distft.engine.base import Slice, Wanted, share
 from distft.errors import CorruptArtifactError
-from distft.store.blocks import BlockReader, BlockWriter
+from distft.store.blocks import BlockWriter, Span, read_spans
 from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest
-from distft.store.put import put_file
+from distft.store.put import Written, put_hashed
 
 Part = Literal["weight", "exp_avg", "exp_avg_sq"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -59,21 +57,25 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a rank holds at the end of a step, in memory of its own: training may go on while it is written."""
+    """What a rank holds at the end of a step, in memory that nothing else is written to before it is given back: training may go on
+    while it is written. Without vectors afterwards."""
 
     parameters: Parameters
     vectors: dict[Part, Tensor]
 
 
 class Memory:
-    """The room for snapshots, taken once: one at a time."""
+    """The room for snapshots, taken once, and lent to one at a time."""
 
     def __init__(self) -> None:
         self._vectors: dict[Part, Tensor] = {}
+        self._lent: Snapshot | None = None
 
     def copy(self, slices: Iterable[Slice]) -> Snapshot:
-        """A copy of the slices, which are the whole of what this rank owns. Where they are on a GPU, all copies are under way at once,
-        and over when this returns."""
+        """A copy of the slices, which are the whole of what this rank owns, until it is given back. Where they are on a GPU, all
+        copies are under way at once, and over when this returns."""
+        if self._lent is not None:
+            raise RuntimeError("the snapshot before this one is still in use")
         pieces = list(slices)
         length = sum(len(piece.weight) for piece in pieces)
         pinned = any(piece.weight.is_cuda for piece in pieces)
@@ -86,14 +88,20 @@ class Memory:
             place += len(piece.weight)
         if pinned:
             torch.cuda.synchronize()
-        return Snapshot([(piece.name, piece.shape) for piece in pieces], self._vectors)
+        self._lent = Snapshot([(piece.name, piece.shape) for piece in pieces], dict(self._vectors))
+        return self._lent
+
+    def give_back(self, snapshot: Snapshot) -> None:
+        """The room is free for the next one."""
+        if snapshot is not self._lent:
+            raise RuntimeError("this snapshot is not the one that is lent")
+        snapshot.vectors.clear()
+        self._lent = None
 
 
 def put_rank_file(folder: Location, snapshot: Snapshot, rank: int) -> FileEntry:
     """Writes a rank's file; it counts once a manifest names it."""
-    facts: dict[str, Any] = {"rank": rank}
-    entry = put_file(folder, f"rank-{rank:05d}", "safetensors", lambda path: facts.update(_write(path, snapshot.vectors)))
-    return replace(entry, facts=facts)
+    return put_hashed(folder, f"rank-{rank:05d}", "safetensors", lambda path: _write(path, snapshot.vectors, rank))
 
 
 def manifest_facts(parameters: Parameters) -> dict[str, Any]:
@@ -102,34 +110,72 @@ def manifest_facts(parameters: Parameters) -> dict[str, Any]:
 
 
 def read_slices(where: Location, manifest: Manifest, wanted: Iterable[Wanted], parts: Sequence[Part] = PARTS) -> Iterator[Slice]:
-    """What is wanted, cut as the files were; parts that are not asked for are zeros without memory. Only the blocks that hold it are
-    read, each once where elements are wanted in the files' order."""
+    """What is wanted, cut as the files were and in their order, file by file; parts that are not asked for are zeros without memory.
+    Of each file that has some of it, the blocks of its header and those that hold what is wanted are read, each once."""
     parameters, files = _understood(where, manifest)
-    layout, shapes = Layout(parameters, len(files)), dict(parameters)
-    with ExitStack() as stack:
-        readers: dict[int, _RankReader] = {}
-        places: dict[int, dict[str, tuple[int, int, int]]] = {}
-        for one in wanted:
-            if shapes.get(one.name) != one.shape:
-                there = f"has the shape {list(shapes[one.name])}" if one.name in shapes else "is not in it"
-                raise CorruptArtifactError(
-                    f"the checkpoint is not of this model: {one.name}, of the shape {list(one.shape)}, {there}", where=where.url
-                )
-            for rank in _holders(one, len(files)):
-                if rank not in readers:
-                    readers[rank] = stack.enter_context(_RankReader(where, files[rank], layout.elements(rank)))
-                    places[rank] = layout.places(rank)
-                owned, end, offset = places[rank][one.name]
-                start, stop = max(one.start, owned), min(one.stop, end)
+    layout = Layout(parameters, len(files))
+    spans: list[Span] = []
+    pieces = _pieces(where, layout, wanted)
+    for rank, mine in pieces.items():
+        entry, elements = files[rank], layout.elements(rank)
+        head = len(_head_of(elements))
+        if entry.size != head + 4 * len(PARTS) * elements:
+            raise _not_as_said(where, entry, elements)
+        spans.append(Span(entry, 0, head))
+        for piece in mine:
+            for number, part in enumerate(PARTS):
+                if part in parts:
+                    spans.append(Span(entry, head + 4 * (number * elements + piece.place), 4 * piece.length))
+    with closing(read_spans(where, spans)) as found:
+        for rank, mine in pieces.items():
+            if next(found).tobytes() != _head_of(layout.elements(rank)):
+                raise _not_as_said(where, files[rank], layout.elements(rank))
+            for piece in mine:
                 vectors: dict[str, Tensor] = {}
                 for part in PARTS:
                     read = part in parts
-                    vectors[part] = (
-                        readers[rank].read(part, offset + start - owned, stop - start)
-                        if read
-                        else torch.zeros(1).expand(stop - start)
-                    )
-                yield Slice(name=one.name, shape=one.shape, start=start, **vectors)
+                    vectors[part] = torch.from_numpy(next(found).view("<f4")) if read else torch.zeros(1).expand(piece.length)
+                yield Slice(name=piece.name, shape=piece.shape, start=piece.start, **vectors)
+
+
+def read_weights(where: Location, manifest: Manifest) -> dict[str, Tensor]:
+    """All weights, whole, in float32."""
+    parameters, _ = _understood(where, manifest)
+    whole = {name: torch.empty(shape) for name, shape in parameters}
+    wanted = [Wanted(name, shape, 0, math.prod(shape)) for name, shape in parameters]
+    for piece in read_slices(where, manifest, wanted, ("weight",)):
+        whole[piece.name].view(-1)[piece.start : piece.stop] = piece.weight
+    return whole
+
+
+class _Piece(NamedTuple):
+    """What one rank's file has of something that is wanted."""
+
+    place: int
+    """Where in the rank's vectors it begins."""
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+
+
+def _pieces(where: Location, layout: Layout, wanted: Iterable[Wanted]) -> dict[int, list[_Piece]]:
+    """The pieces of all that is wanted, by rank. Those of a rank are in their file's order, in which no block is needed twice."""
+    shapes, places = dict(layout.parameters), dict[int, dict[str, tuple[int, int, int]]]()
+    found: dict[int, list[_Piece]] = {}
+    for one in wanted:
+        if shapes.get(one.name) != one.shape:
+            there = f"has the shape {list(shapes[one.name])}" if one.name in shapes else "is not in it"
+            raise CorruptArtifactError(
+                f"the checkpoint is not of this model: {one.name}, of the shape {list(one.shape)}, {there}", where=where.url
+            )
+        for rank in _holders(one, layout.ranks):
+            if rank not in places:
+                places[rank] = layout.places(rank)
+            owned, end, offset = places[rank][one.name]
+            start, stop = max(one.start, owned), min(one.stop, end)
+            found.setdefault(rank, []).append(_Piece(offset + start - owned, one.name, one.shape, start, stop - start))
+    return {rank: sorted(found[rank]) for rank in sorted(found)}
 
 
 def _holders(one: Wanted, ranks: int) -> range:
@@ -140,56 +186,31 @@ def _holders(one: Wanted, ranks: int) -> range:
     return range(one.start // run, (one.stop - 1) // run + 1)
 
 
-class _RankReader(BlockReader):
-    """One rank's file; its header is believed as far as it agrees with the manifest."""
-
-    def __init__(self, where: Location, entry: FileEntry, elements: int) -> None:
-        super().__init__(where, entry)
-        try:
-            self.starts = self._header(elements)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-
-    def read(self, part: Part, start: int, elements: int) -> Tensor:
-        found: npt.NDArray[np.float32] = np.empty(elements, "<f4")
-        self.read_into(self.starts[part] + 4 * start, found.data)
-        return torch.from_numpy(found)
-
-    def _header(self, elements: int) -> dict[str, int]:
-        """Where each part's numbers begin."""
-        length = np.empty(1, "<u8")
-        self.read_into(0, length.data)
-        text = bytearray(min(int(length[0]), self.entry.size))
-        self.read_into(8, memoryview(text))
-        expected = _header_of(elements)
-        if bytes(text) != expected or self.entry.size != 8 + len(expected) + 4 * len(PARTS) * elements:
-            raise CorruptArtifactError(
-                f"{self.entry.name} does not hold {elements} weights and their moments, as its manifest says",
-                where=self.folder.url,
-            )
-        return {part: 8 + len(expected) + 4 * elements * number for number, part in enumerate(PARTS)}
+def _not_as_said(where: Location, entry: FileEntry, elements: int) -> CorruptArtifactError:
+    return CorruptArtifactError(
+        f"{entry.name} does not hold {elements} weights and their moments, as its manifest says", where=where.url
+    )
 
 
-def _header_of(elements: int) -> bytes:
-    """The header of a safetensors file of these vectors, one after another."""
+def _head_of(elements: int) -> bytes:
+    """All that comes before the numbers in a safetensors file of these vectors, one after another."""
     told = {
         part: {"dtype": "F32", "shape": [elements], "data_offsets": [4 * elements * n, 4 * elements * (n + 1)]}
         for n, part in enumerate(PARTS)
     }
     text = json.dumps(told, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % ALIGNED)
+    text += b" " * (-len(text) % ALIGNED)
+    return len(text).to_bytes(8, "little") + text
 
 
-def _write(path: Path, vectors: dict[Part, Tensor]) -> dict[str, object]:
+def _write(path: Path, vectors: dict[Part, Tensor], rank: int) -> Written:
     """By hand, so that bytes are hashed as they pass and nothing is copied once more."""
-    header = _header_of(len(vectors["weight"]))
     with path.open("wb") as file:
         writer = BlockWriter(file)
-        writer.write(memoryview(len(header).to_bytes(8, "little") + header))
+        writer.write(memoryview(_head_of(len(vectors["weight"]))))
         for part in PARTS:
             writer.write(vectors[part].numpy().astype("<f4", copy=False).data)
-    return writer.facts()
+    return Written(sha256=writer.sha256(), facts={"rank": rank, **writer.facts()})
 
 
 def _understood(where: Location, manifest: Manifest) -> tuple[Parameters, list[FileEntry]]:

@@ -65,6 +65,28 @@ def test_reads_survive_passing_trouble(proxy: Proxy, store: Location, fault: Fau
         assert proxy.trouble.seen == 2
 
 
+@pytest.mark.parametrize(("start", "length"), [(6, 5), (10, 1), (20, 5)])
+def test_what_lies_beyond_a_files_end_is_damage_and_no_trouble(proxy: Proxy, store: Location, start: int, length: int) -> None:
+    """A server answers a range that begins after the end with 416, and one that only ends there with what there is."""
+    store.create("name", b"0123456789")
+    says = "ends at byte 10, not 11" if start < 10 else r"name: it ends before what is looked for \(HTTP 416, InvalidRange\)"
+    proxy.asked.clear()
+    with pytest.raises(CorruptArtifactError, match=says) as told:
+        store.read_range("name", start, length)
+    assert told.value.exit_status == 3
+    assert told.value.where == store.url
+    assert len(proxy.requests("GET")) == 1, "asking again would not help"
+
+
+def test_what_lies_beyond_a_local_files_end(tmp_path: Path) -> None:
+    store = open_location(str(tmp_path / "store"))
+    store.create("name", b"0123456789")
+    for start, length in ((6, 5), (10, 1), (20, 5)):
+        with pytest.raises(CorruptArtifactError, match=rf"name ends at byte \d+, not {start + length}") as told:
+            store.read_range("name", start, length)
+        assert told.value.exit_status == 3
+
+
 @pytest.mark.parametrize("fault", ["503", "drop_request", "lose_reply"])
 def test_uploads_in_parts_survive_passing_trouble(
     proxy: Proxy, store: Location, fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -43,14 +43,15 @@ class Doc:
         return len(self.labels)
 
 
-def invent(lengths: list[int], *, seed: int, vocabulary: int = 29, moved: float = 1.0) -> list[Doc]:
-    """Documents of random distributions; `moved` is how far the student is from its teacher. Labels lean towards likely tokens, so
-    that there are some on both sides of every threshold. Supervised tokens come in runs of five."""
+def invent(lengths: list[int], *, seed: int, vocabulary: int = 29, moved: float = 1.0, sure: float = 1.0) -> list[Doc]:
+    """Documents of random distributions; `moved` is how far the student is from its teacher, and logits of both are `sure` times as
+    large. Labels lean towards likely tokens, so that there are some on both sides of every threshold. Supervised tokens come in runs
+    of five."""
     random = torch.Generator().manual_seed(seed)
     docs = []
     for number, length in enumerate(lengths):
-        teacher = 2.0 * torch.randn(length, vocabulary, generator=random, dtype=torch.float64)
-        student = teacher + moved * torch.randn(length, vocabulary, generator=random, dtype=torch.float64)
+        teacher = 2.0 * sure * torch.randn(length, vocabulary, generator=random, dtype=torch.float64)
+        student = teacher + sure * moved * torch.randn(length, vocabulary, generator=random, dtype=torch.float64)
         drawn = torch.multinomial(torch.softmax(1.5 * teacher, 1), 1, generator=random).squeeze(1)
         anchors = (torch.rand(length, generator=random) < 0.3).tolist()
         runs = [1 + t + 2 * (t // 5) for t in range(length)]
@@ -164,9 +165,13 @@ def eksft_sequence(doc: Doc, *, rho: float, lambda_kl: float, lambda_entropy: fl
     )
 
 
-def eksft_published_sequence(doc: Doc, *, rho: float, lambda_kl: float, lambda_entropy: float, combine: str = "union") -> Tensor:
+def eksft_published_sequence(
+    doc: Doc, *, rho: float, lambda_kl: float, lambda_entropy: float, combine: str = "union",
+    nudges: list[tuple[float, float]] | None = None,
+) -> Tensor:  # fmt: skip
     """As the authors' code has it, in its own terms: at position i there are the label of token i, -100 where it is not supervised,
-    and logits about token i + 1. Scores and masks are by position. What follows a run is left out: nobody knows its teacher."""
+    and logits about token i + 1. Scores and masks are by position. What follows a run is left out: nobody knows its teacher. `nudges`
+    gets what the two lambdas were multiplied by, where anything was chosen."""
     token_at = {place: t for t, place in enumerate(doc.standing)}
     about = {place: token_at[place + 1] for place in token_at if place + 1 in token_at}  # of positions with a label: which token
     still, k = doc.student.detach(), int(Decimal(str(rho)) * len(doc))
@@ -180,11 +185,14 @@ def eksft_published_sequence(doc: Doc, *, rho: float, lambda_kl: float, lambda_e
         p, log_q = torch.softmax(doc.student[t], 0), log_p(doc.teacher[t])
         return (p * (p - log_q)).sum()
 
-    return (
-        mean([cross_entropy(doc, t) for t in labels])
-        - 1.05 * lambda_entropy * mean([entropy(doc.student[about[i]]) / math.log(doc.student.shape[1]) for i in entropy_mask])
-        + 0.95 * lambda_kl * mean([regulariser(about[i]) for i in kl_mask])
-    )
+    normalised_entropy = mean([entropy(doc.student[about[i]]) / math.log(doc.student.shape[1]) for i in entropy_mask])
+    kl = mean([regulariser(about[i]) for i in kl_mask])
+    target_entropy, target_kl = 0.5, 2.0
+    lambda_entropy_now = lambda_entropy * (1.05 if float(normalised_entropy.detach()) < target_entropy else 0.95)
+    lambda_kl_now = lambda_kl * (1.05 if float(kl.detach()) > target_kl else 0.95)
+    if nudges is not None and kl_mask:
+        nudges.append((lambda_entropy_now / lambda_entropy, lambda_kl_now / lambda_kl))
+    return mean([cross_entropy(doc, t) for t in labels]) - lambda_entropy_now * normalised_entropy + lambda_kl_now * kl
 
 
 def eksft(docs: list[Doc], *, variant: str = "paper", **how: Any) -> Tensor:

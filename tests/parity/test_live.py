@@ -183,6 +183,24 @@ def test_eksft_reads_the_teacher_again_only_of_what_it_holds(tmp_path: Path, mon
         assert len(targets.teacher.ids_M) == int(targets.teacher.counts_N.sum())
 
 
+def test_a_rule_of_sequences_is_told_the_collision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its own tokens, from the student of the step. H(p) alone is never below what C(p) allows: H >= -log C."""
+    told: list[Signals] = []
+    treat = Eksft.treat
+    monkeypatch.setattr(Eksft, "treat", lambda self, signals: (told.append(signals), treat(self, signals))[1])
+    step_of(scored(tmp_path), CATALOG["eksft, published code"])
+    heard = [one.student for one in told if not np.isnan(one.student.rkl).any()]
+    assert sum(len(one.collision) for one in heard) == TOKENS
+    for one in heard:
+        assert (one.collision > 0).all()
+        assert (one.collision <= 1).all()
+        assert (one.entropy >= -np.log(one.collision) - 1e-4).all()
+        assert not np.array_equal(one.collision, one.entropy)
+    told.clear()
+    step_of(scored(tmp_path / "paper"), CATALOG["eksft"])
+    assert all(np.isnan(one.student.collision).all() for one in told)
+
+
 def test_rules_of_single_tokens_cost_no_other_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, seen = scored(tmp_path), Seen(monkeypatch)
     for objective in ("eaft", "dft", "asft"):

@@ -68,6 +68,8 @@ STALE_TOKENS = guard(test_cache.test_two_swapped_token_ids_are_another_teacher)
 STALE_POLICY = guard(test_cache.test_another_policy_or_precision_is_another_cache, other="k")
 
 HAND = test_catalog.test_each_rule_does_what_was_worked_out_by_hand
+REWARDS = test_catalog.test_published_eksft_rewards_entropy_more_where_there_is_little
+HOLDS = test_catalog.test_published_eksft_holds_more_where_its_regulariser_is_above_two
 PAPER = test_against_papers.test_loss_and_gradient_are_those_of_the_paper
 STEP = test_papers.test_a_step_is_that_of_the_paper
 STEP_IN_CHUNKS = test_papers.test_a_step_in_many_chunks_is_that_of_the_paper
@@ -219,11 +221,42 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant(f"{RULE}eksft:Eksft._as_published", "entropy=bonus - held, collision=held", "entropy=bonus"),
         [guard(PAPER, case=PUBLISHED), guard(HAND, name="eksft published"), guard(STEP, teacher=EXACT, case=PUBLISHED)]),
     "published eksft forgets to nudge what holds": (
-        Mutant(f"{RULE}eksft:Eksft._as_published", "NUDGED_KL * ", ""),
+        Mutant(f"{RULE}eksft:Eksft._as_published", "self.lambda_kl * (UP if _mean(regulariser, moved) > TARGET_KL else DOWN)",
+               "self.lambda_kl"),
         [guard(PAPER, case=PUBLISHED), guard(HAND, name="eksft published")]),
+    "published eksft always nudges what holds down": (
+        Mutant(f"{RULE}eksft:Eksft._as_published", "UP if _mean(regulariser, moved) > TARGET_KL else DOWN", "DOWN"),
+        [guard(PAPER, case=PUBLISHED), guard(HAND, name="eksft published"), guard(STEP, teacher=ALL, case=PUBLISHED)]),
+    "published eksft always nudges what holds up": (
+        Mutant(f"{RULE}eksft:Eksft._as_published", "UP if _mean(regulariser, moved) > TARGET_KL else DOWN", "UP"),
+        [guard(PAPER, case=f"{PUBLISHED}, of a sure student"), guard(HOLDS, rkl=0.1, entropy=0.1, collision=0.9, nudged=0.95)]),
+    "published eksft nudges by the divergence": (
+        Mutant(f"{RULE}eksft:Eksft._as_published", "live.rkl + live.entropy + live.collision", "live.rkl"),
+        [guard(PAPER, case=PUBLISHED), guard(HAND, name="eksft published")]),
+    "published eksft nudges by a regulariser without its collision": (
+        Mutant(f"{RULE}eksft:Eksft._as_published", "live.entropy + live.collision", "live.entropy"),
+        [guard(HAND, name="eksft published"), guard(HOLDS, rkl=0.55, entropy=0.5, collision=0.99, nudged=1.05)]),
+    "published eksft nudges by the mean over all tokens": (
+        Mutant(f"{RULE}eksft:Eksft._as_published", "_mean(regulariser, moved)", "_mean(regulariser, moved | True)"),
+        [guard(HOLDS, rkl=0.1, entropy=0.1, collision=0.9, nudged=0.95)]),
     "published eksft forgets to nudge its bonus": (
-        Mutant(f"{RULE}eksft:Eksft._as_published", "NUDGED_ENTROPY * ", ""),
+        Mutant(f"{RULE}eksft:Eksft._as_published", "per_nat * (UP if sure else DOWN)", "per_nat"),
         [guard(PAPER, case=PUBLISHED), guard(HAND, name="eksft published")]),
+    "published eksft nudges its bonus the other way": (
+        Mutant(f"{RULE}eksft:Eksft._as_published", "UP if sure else DOWN", "DOWN if sure else UP"),
+        [guard(PAPER, case=PUBLISHED), guard(PAPER, case=f"{PUBLISHED}, of a sure student"), guard(HAND, name="eksft published")]),
+    "published eksft always nudges its bonus up": (
+        Mutant(f"{RULE}eksft:Eksft._as_published", "UP if sure else DOWN", "UP"),
+        [guard(PAPER, case=PUBLISHED), guard(REWARDS, entropy=0.51, nudged=0.95)]),
+    "published eksft always nudges its bonus down": (
+        Mutant(f"{RULE}eksft:Eksft._as_published", "UP if sure else DOWN", "DOWN"),
+        [guard(PAPER, case=f"{PUBLISHED}, of a sure student"), guard(REWARDS, entropy=0.49, nudged=1.05)]),
+    "published eksft's entropy is measured in nats": (
+        Mutant(f"{RULE}eksft:Eksft._as_published", "per_nat * _mean(live.entropy, unsure)", "self.lambda_entropy * _mean(live.entropy, unsure)"),
+        [guard(PAPER, case=f"{PUBLISHED}, of a sure student"), guard(REWARDS, entropy=0.49, nudged=1.05)]),
+    "a rule that reads the collision is told the entropy": (
+        Mutant("distft.train.live:_value", 'f"{name}_N"', 'f"{name}_N".replace("collision", "entropy")'),
+        [guard(test_live.test_a_rule_of_sequences_is_told_the_collision)]),
     "published eksft weighs sequences by their tokens": (
         Mutant(f"{RULE}eksft:Eksft._as_published",
                "ce=_spread(1, learned), rkl=held, entropy=bonus - held, collision=held, count=1 / max(1, n)",

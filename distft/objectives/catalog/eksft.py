@@ -15,17 +15,17 @@ layout. So a token has moved only beyond `Signals.rounding`: at first M_KL is em
 That is the paper's formula. `variant: published_code` is what the authors' code computes instead (github.com/MINE-USTC/EKSFT), for
 whoever wants to reproduce its results:
 
-    loss = mean CE over R without M'  -  1.05 * lambda_entropy * mean H(p)/log V over M_H
-                                      +  0.95 * lambda_kl * mean [KL(p||q) + H(p) + sum of p_v^2] over M_KL
+    loss = mean CE over R without M'  -  a * lambda_entropy * mean H(p)/log V over M_H
+                                      +  b * lambda_kl * mean [KL(p||q) + H(p) + sum of p_v^2] over M_KL
 
 - M' is the labels that stand right before M. The score at a position is about the next token, and the code masks the position's own
   label. So the first label of a run of supervised tokens has no score there, since the position before it has no label. The last one
   has: that of whatever follows the run. No teacher cache has a row for that, so here it is no candidate, its label is always learned,
   and the k places go to the others.
 - The regulariser has p where it means log p: sum p (p - log q), which is the bracket. The choice of M_KL is by the right divergence.
-- Each lambda is nudged by 5 % from its setting at every step and never kept: lambda_entropy up where the mean over M_H is below 0.5,
-  as a share of log V, and lambda_kl up where the mean of the bracket is above 2, else down. Constants stand for that, as it comes out
-  in practice: the first holds wherever vocabularies are large, the second for as long as the bracket stays below 2.
+- Each lambda is nudged by 5 % from its setting at every step and never kept: a = 1.05 where the mean of H(p)/log V over M_H is below
+  0.5, and b = 1.05 where the mean of the bracket over M_KL is above 2; else they are 0.95. Both are of each sequence by itself, as of
+  micro-batches of one, and constants to the gradient.
 - A step is the plain mean of its sequences' losses, as of micro-batches of one: tokens count 1/n. Whether the code divides by its 8
   accumulated micro-batches is up to the version of transformers; where it adds them up, its clip of 1 is `train.clip: 0.125` here.
 
@@ -45,8 +45,10 @@ from pydantic_core import PydanticCustomError
 
 from distft.objectives.treatment import Floats, LiveField, Mask, ObjectiveRule, Signals, Treatment, highest, share_of, treatment
 
-NUDGED_ENTROPY, NUDGED_KL = 1.05, 0.95
-"""What the published code makes of its two lambdas."""
+UP, DOWN = 1.05, 0.95
+"""What the published code multiplies its two lambdas by."""
+TARGET_ENTROPY, TARGET_KL = 0.5, 2.0
+"""By these it chooses: entropy as a share of log V, and nats of its regulariser."""
 
 
 class Eksft(ObjectiveRule):
@@ -89,7 +91,8 @@ class Eksft(ObjectiveRule):
 
     @property
     def live_fields(self) -> frozenset[LiveField]:
-        return frozenset({"entropy", "rkl"})
+        nudges_by = {"collision"} if self.variant == "published_code" and self.holds else set[LiveField]()
+        return frozenset({"entropy", "rkl", *nudges_by})
 
     def treat(self, signals: Signals) -> Treatment:
         if self.variant == "published_code":
@@ -110,8 +113,10 @@ class Eksft(ObjectiveRule):
         moved &= live.rkl > signals.rounding
         masked = unsure | moved if self.combine == "union" else unsure & moved
         learned = ~np.append(masked[1:], np.zeros(min(n, 1), np.bool_))  # the token before each that is chosen is not
-        held: Floats = _spread(1, moved) * np.float32(NUDGED_KL * self.lambda_kl)
-        bonus: Floats = _spread(1, unsure) * np.float32(NUDGED_ENTROPY * self._bonus(signals))
+        per_nat, regulariser = self._bonus(signals), live.rkl + live.entropy + live.collision
+        sure = per_nat * _mean(live.entropy, unsure) < self.lambda_entropy * TARGET_ENTROPY
+        bonus: Floats = _spread(1, unsure) * np.float32(per_nat * (UP if sure else DOWN))
+        held: Floats = _spread(1, moved) * np.float32(self.lambda_kl * (UP if _mean(regulariser, moved) > TARGET_KL else DOWN))
         return treatment(n, ce=_spread(1, learned), rkl=held, entropy=bonus - held, collision=held, count=1 / max(1, n))
 
     def _bonus(self, signals: Signals) -> float:
@@ -126,3 +131,8 @@ class Eksft(ObjectiveRule):
 def _spread(n: int, chosen: Mask) -> Floats:
     """n times the mean over the chosen tokens, as a weight on each."""
     return chosen.astype(np.float32) * np.float32(n / max(1, int(chosen.sum())))
+
+
+def _mean(values: Floats, chosen: Mask) -> float:
+    """Over the chosen tokens; of none, 0."""
+    return float(values[chosen].sum(dtype=np.float64)) / max(1, int(chosen.sum()))

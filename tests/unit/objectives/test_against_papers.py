@@ -14,7 +14,7 @@ from torch import Tensor
 from distft.objectives.catalog import Objective
 from distft.objectives.loss import PARTS
 from distft.objectives.treatment import LiveSignals, ObjectiveRule, Signals, Treatment
-from tests.helpers.objective_reference import FORMULAS, Doc, invent, moved_student
+from tests.helpers.objective_reference import FORMULAS, Doc, eksft_published_sequence, invent, moved_student
 
 SAME = 2e-6
 """Weights and signals are float32, of the order of 1; a paper's formula misread is off by hundredths."""
@@ -39,6 +39,10 @@ CASES: dict[str, dict[str, Any]] = {
         "kind": "eksft", "rho": 0.4, "lambda_kl": 0.4, "lambda_entropy": 0.6, "variant": "published_code", "combine": "intersection"},
     "eksft, published code, nearly all": {
         "kind": "eksft", "rho": 0.95, "lambda_kl": 1.0, "lambda_entropy": 0.0, "variant": "published_code"},
+    "eksft, published code, of a sure student": {
+        "kind": "eksft", "rho": 0.2, "lambda_kl": 0.4, "lambda_entropy": 0.6, "variant": "published_code"},
+    "eksft, published code, of a sure student that has moved": {
+        "kind": "eksft", "rho": 0.4, "lambda_kl": 0.4, "lambda_entropy": 0.6, "variant": "published_code"},
     "lwf, floor": {"kind": "lwf", "alpha": 3.0, "beta": 0.5, "c": 0.8, "anchors": "floor", "p_star": 0.5},
     "lwf, floor by group": {"kind": "lwf", "alpha": 3.0, "beta": 0.5, "c": 0.8, "anchors": "floor", "normalise": "group_mean"},
     "lwf, floor's confidence": {"kind": "lwf", "alpha": 3.0, "beta": 0.5, "c": "floor", "anchors": "floor", "p_star": 0.8},
@@ -52,6 +56,13 @@ CASES: dict[str, dict[str, Any]] = {
     "talr": {"kind": "talr", "w_min": 0.05},
     "kd": {"kind": "kd", "lam": 0.3},
 }  # fmt: skip
+
+
+STUDENTS: dict[str, dict[str, float]] = {
+    "eksft, published code, of a sure student": {"moved": 0.3, "sure": 4.0},
+    "eksft, published code, of a sure student that has moved": {"moved": 1.0, "sure": 4.0},
+}
+"""Where a rule does something else with other students: `invent` is told."""
 
 
 def rule_of(settings: dict[str, Any]) -> ObjectiveRule:
@@ -76,9 +87,12 @@ def exact_signals(doc: Doc, rule: ObjectiveRule) -> Signals:
     label = teacher.gather(1, torch.tensor(doc.labels)[:, None])
     live = None
     if rule.live != "no":
-        ce, kl, rkl, entropy, _ = terms(doc)
+        ce, kl, rkl, entropy, collision = terms(doc)
         top = torch.log_softmax(doc.student.topk(20, dim=1).values, 1)
-        known = {"label_logprob": -ce, "kl": kl, "rkl": rkl, "entropy": entropy, "top_entropy": -(top.exp() * top).sum(1)}
+        known = {
+            "label_logprob": -ce, "kl": kl, "rkl": rkl, "entropy": entropy, "top_entropy": -(top.exp() * top).sum(1),
+            "collision": collision,
+        }  # fmt: skip
         live = LiveSignals(**{name: column(known[name]) if name in rule.live_fields else blank for name in known})
     return Signals(
         label_logprob=column(label.squeeze(1)) if rule.needs_signals else blank,
@@ -135,7 +149,7 @@ def test_every_rule_of_the_catalog_is_tested_here() -> None:
 def test_loss_and_gradient_are_those_of_the_paper(case: str) -> None:
     settings, rule = CASES[case], rule_of(CASES[case])
     for seed in (0, 1):
-        docs = invent(LENGTHS, seed=seed)
+        docs = invent(LENGTHS, seed=seed, **STUDENTS.get(case, {}))
         truth, gradients = formula(settings, docs)
         loss, found = step(rule, docs, [list(range(len(docs)))])
         for mine, theirs in zip(found, gradients, strict=True):
@@ -147,6 +161,18 @@ def test_loss_and_gradient_are_those_of_the_paper(case: str) -> None:
             loss -= step(rule, others, [list(range(len(docs)))])[0]
         assert loss == pytest.approx(truth, abs=SAME * 10)
         assert max(float(g.abs().max()) for g in gradients) > 1e-3
+
+
+def test_the_published_code_nudges_both_its_weights_either_way() -> None:
+    """In the cases above, that is: constants would pass but for this."""
+    seen: dict[str, list[tuple[float, float]]] = {}
+    for case in (case for case in CASES if "published code" in case):
+        how = {key: value for key, value in CASES[case].items() if key not in ("kind", "variant")}
+        for doc in (doc for seed in (0, 1) for doc in invent(LENGTHS, seed=seed, **STUDENTS.get(case, {}))):
+            eksft_published_sequence(doc, **{**how, "lambda_entropy": 1.0, "lambda_kl": 1.0}, nudges=seen.setdefault(case, []))
+    assert set(seen["eksft, published code"]) == {(0.95, 1.05)}
+    assert set(seen["eksft, published code, of a sure student"]) == {(1.05, 0.95)}
+    assert set(seen["eksft, published code, of a sure student that has moved"]) == {(1.05, 1.05)}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -67,7 +67,9 @@ def signals(*probabilities: float, live: LiveSignals | None = None) -> Signals:
     return Signals(
         label_logprob=label_logprob, entropy=np.ones_like(label_logprob), rank=np.zeros(n, np.uint32), document=DIGEST,
         anchors=np.arange(n) % 2 == 1, vocabulary=50,
-        live=live or LiveSignals(label_logprob=label_logprob, entropy=steps, top_entropy=steps, kl=steps[::-1], rkl=steps[::-1]),
+        live=live or LiveSignals(
+            label_logprob=label_logprob, entropy=steps, top_entropy=steps, kl=steps[::-1], rkl=steps[::-1] / 4, collision=steps / 2.5
+        ),
     )  # fmt: skip
 
 
@@ -94,9 +96,10 @@ BY_HAND: dict[str, dict[str, list[float]]] = {
     # entropy chooses the last two and the divergence the first two: nothing is chosen by both, and all is learned
     "eksft both": {"ce": [1] * 4, "rkl": [1, 1, 0, 0], "count": [1] * 4},
     # the last has the highest entropy, the second the highest KL(p||q) of those with a score, which the first has not: labels one
-    # before them are not learned; two are, and a sequence counts 1 in all
-    "eksft published": {"ce": [0, 0.5, 0, 0.5], "rkl": [0, 0.475, 0, 0], "entropy": [0, -0.475, 0, 1.05],
-                        "collision": [0, 0.475, 0, 0], "count": [0.25] * 4},
+    # before them are not learned; two are, and a sequence counts 1 in all. H is 2.5/ln 50 = 0.64 there, and no less than 0.5: down;
+    # KL + H + C is 0.458 + 1.167 + 0.467 = 2.09 here, and above 2: up
+    "eksft published": {"ce": [0, 0.5, 0, 0.5], "rkl": [0, 0.525, 0, 0], "entropy": [0, -0.525, 0, 0.95],
+                        "collision": [0, 0.525, 0, 0], "count": [0.25] * 4},
     "eaft": {"ce": [(h / 3) ** 2 for h in (0.5, 0.5 + 2 / 3, 0.5 + 4 / 3, 2.5)], "count": [1] * 4},
     "dft": {"ce": [0.9, 0.5, 0.4, 0.01], "count": [1] * 4},
     "asft": {"ce": [0.9, 0.5, 0.4, 0.01], "kl": [0.25] * 4, "count": [1] * 4},
@@ -211,7 +214,7 @@ def test_a_rule_holds_what_its_settings_say(settings: dict[str, Any], holds: boo
 @pytest.mark.parametrize("rounding", [1e-5, 1e-3])
 def test_what_rounding_moves_has_not_moved(rounding: float) -> None:
     rkl = floats(0.5, 1.01, 0.99, 2.0) * np.float32(rounding)
-    live = LiveSignals(label_logprob=floats(*[-1] * 4), entropy=floats(1, 2, 3, 4), top_entropy=rkl, kl=rkl, rkl=rkl)
+    live = live_signals(4, entropy=floats(1, 2, 3, 4), rkl=rkl)
     made = Eksft(kind="eksft", rho=0.8, lambda_entropy=0.0).treat(replace(signals(*[0.5] * 4, live=live), rounding=rounding))
     assert (made.rkl > 0).tolist() == [False, True, False, True]
 
@@ -316,7 +319,7 @@ def test_among_equals_the_earlier_token_is_chosen() -> None:
     assert highest(floats(0, 0, 0), 1).tolist() == [True, False, False]
     assert Stm(kind="stm", tau=None, fraction=0.5).kept(signals(0.5, 0.5, 0.5, 0.5)).tolist() == [False, False, True, True]
     same = np.zeros(4, np.float32)
-    still = LiveSignals(label_logprob=same, entropy=same, top_entropy=same, kl=same, rkl=same)
+    still = live_signals(4, entropy=same, rkl=same)
     assert RULES["eksft"].treat(signals(0.5, 0.5, 0.5, 0.5, live=still)).ce.tolist() == pytest.approx([0, 4 / 3, 4 / 3, 4 / 3])
 
 
@@ -337,9 +340,11 @@ RUNS = [False, True, True, False, True, True, False]
 """Two runs of three tokens and one of one."""
 
 
-def published(*, entropy: list[float], rkl: list[float], follows: list[bool] | None = None, **settings: Any) -> Treatment:
-    same = np.zeros(len(entropy), np.float32)
-    live = LiveSignals(label_logprob=same, entropy=floats(*entropy), top_entropy=same, kl=same, rkl=floats(*rkl))
+def published(
+    *, entropy: list[float], rkl: list[float], collision: float = 0.0, follows: list[bool] | None = None, **settings: Any
+) -> Treatment:
+    n = len(entropy)
+    live = live_signals(n, entropy=floats(*entropy), rkl=floats(*rkl), collision=np.full(n, collision, np.float32))
     given = replace(signals(*[0.5] * len(entropy), live=live), follows=None if follows is None else np.array(follows))
     return Eksft(kind="eksft", variant="published_code", **settings).treat(given)
 
@@ -353,8 +358,8 @@ def test_published_eksft_masks_the_token_before_and_only_within_a_run() -> None:
     assert (made.ce > 0).tolist() == [False, False, True, False, False, True, True]
     assert made.ce.sum() == pytest.approx(1.0)
     assert made.count.sum() == pytest.approx(1.0)
-    assert made.entropy[[2, 4]].tolist() == pytest.approx([1.05 / 2] * 2)
-    assert made.rkl.sum() == made.collision.sum() == -made.entropy[[1, 5]].sum() == pytest.approx(0.95 * 0.05)
+    assert made.entropy[[2, 4]].tolist() == pytest.approx([0.95 / 2] * 2)
+    assert made.rkl.sum() == made.collision.sum() == -made.entropy[[1, 5]].sum() == pytest.approx(1.05 * 0.05)
 
 
 def test_published_eksft_chooses_no_token_without_a_score_however_many_it_may() -> None:
@@ -369,6 +374,47 @@ def test_published_eksft_holds_nothing_that_has_not_moved() -> None:
     made = published(entropy=[0] * 5, rkl=[0, 9e-6, 1, 9e-6, 0], rho=0.6, lambda_entropy=0.0)
     assert (made.rkl > 0).tolist() == [False, False, True, False, False]
     assert made.rkl[2] == made.collision[2] == -made.entropy[2] == np.float32(0.95 * 0.05)
+
+
+@pytest.mark.parametrize(
+    ("entropy", "nudged"), [(0.0, 1.05), (0.49, 1.05), (0.51, 0.95), (1.0, 0.95)],
+)  # fmt: skip
+def test_published_eksft_rewards_entropy_more_where_there_is_little(entropy: float, nudged: float) -> None:
+    """The mean over the two tokens that it chooses, which are alike in sum only."""
+    most = math.log(50)
+    each = [0.0, entropy * 1.2 * most, entropy * 0.8 * most, 0.0, 0.0]
+    made = published(entropy=each, rkl=[0] * 5, rho=0.4, lambda_entropy=0.3 * most)
+    assert made.entropy[1:3].tolist() == pytest.approx([0.3 * nudged / 2] * 2)
+
+
+@pytest.mark.parametrize(
+    ("rkl", "entropy", "collision", "nudged"),
+    [
+        (0.1, 0.1, 0.9, 0.95), (0.5, 0.5, 0.99, 0.95), (0.55, 0.5, 0.99, 1.05), (1.9, 0.0, 0.0, 0.95), (0.1, 1.8, 0.2, 1.05),
+        (2.1, 0.0, 0.0, 1.05),
+    ],
+)  # fmt: skip
+def test_published_eksft_holds_more_where_its_regulariser_is_above_two(
+    rkl: float, entropy: float, collision: float, nudged: float
+) -> None:
+    """KL(p||q) + H(p) + C(p), of the tokens that are held: the others' would be far above."""
+    made = published(
+        entropy=[9, entropy, entropy, 9, 9], rkl=[0, rkl * 1.05, rkl * 0.95, 0, 0], collision=collision, rho=0.4, lambda_entropy=0.0,
+        lambda_kl=0.2,
+    )  # fmt: skip
+    assert made.rkl.tolist() == pytest.approx([0, 0.1 * nudged, 0.1 * nudged, 0, 0])
+    assert made.collision.tolist() == made.rkl.tolist() == (-made.entropy).tolist()
+
+
+def test_published_eksft_asks_for_the_collision_only_if_it_holds() -> None:
+    assert "collision" in RULES["eksft published"].live_fields
+    assert "collision" not in Eksft(kind="eksft", variant="published_code", lambda_kl=0.0).live_fields
+    assert "collision" not in RULES["eksft"].live_fields
+    made = Eksft(kind="eksft", variant="published_code", lambda_kl=0.0).treat(
+        replace(signals(*[0.5] * 5), live=live_signals(5, entropy=floats(1, 2, 3, 4, 5), rkl=floats(1, 2, 3, 4, 5)))
+    )
+    assert np.isfinite(made.entropy).all()
+    assert not made.rkl.any()
 
 
 @pytest.mark.parametrize("labels", [[], [0.5]])

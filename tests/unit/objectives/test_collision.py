@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distft.objectives.chunk import Chunk
 from distft.objectives.distributions import DenseHead, DenseRows, LogitShape, SparseRows
-from distft.objectives.loss import Targets, buffers, token_loss
+from distft.objectives.loss import Targets, buffers, measure, token_loss
 from distft.objectives.whole import WholeChunk
 from tests.helpers.reference import reference_loss, shaped_logits
 from tests.unit.objectives.test_dense_teacher import HELD, as_rows, dense
@@ -149,6 +149,24 @@ def test_where_nobody_asks_there_is_none(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = WholeChunk(logits_NV, plain.labels_N, rows, asked=frozenset(), temperature=1.0)
     assert not hasattr(whole, "collision_C")
     assert replace(with_zeros, teacher=None).to(torch.device("meta")).collision_N is not None
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11])
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_a_rule_that_asks_is_told_and_no_other(kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, shape = problem(SHAPES["all"], None, bias=True), SHAPES["all"]
+    teacher, rows = teacher_of(kind, made, shape)
+    _, collision_N, _ = reference(made, shape, rows, collision_weights())
+    asks = replace(targets(made["labels"], made["weights_N4"], None), teacher=teacher)
+    told = measure(made["hidden"], made["weight"], made["bias"], asks, shape=shape, wanted=frozenset({"collision"}), chunk=chunk)
+    assert told.collision_N is not None
+    assert_close(told.collision_N, collision_N, "collision")
+    assert told.entropy_N is None
+    monkeypatch.setattr(Chunk, "_collision", None)
+    others = frozenset({"entropy", "rkl"})
+    plain = measure(made["hidden"], made["weight"], made["bias"], asks, shape=shape, wanted=others, chunk=chunk)
+    assert plain.collision_N is None
+    assert torch.equal(plain.ce_N, told.ce_N)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

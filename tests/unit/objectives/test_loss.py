@@ -421,8 +421,8 @@ class Watched(TorchDispatchMode):
         self.now -= size
 
 
-class Entropic:
-    """Weights of a live rule that asks for one entropy."""
+class Asking:
+    """Weights of a live rule that asks for one thing."""
 
     def __init__(self, field: LiveField) -> None:
         self.fields: frozenset[LiveField] = frozenset({field})
@@ -434,7 +434,7 @@ class Entropic:
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("weights", ["ce", "kl", "mixed", "entropy", "top_entropy"])
+@pytest.mark.parametrize("weights", ["ce", "kl", "mixed", "entropy", "top_entropy", "collision"])
 @pytest.mark.parametrize("teacher", ["none", "sparse", "dense", "some dense"])
 def test_nothing_larger_than_a_chunk_of_logits_is_made(
     teacher: str, weights: str, softcap: float | None, kind: torch.dtype
@@ -451,8 +451,8 @@ def test_nothing_larger_than_a_chunk_of_logits_is_made(
         whole = DenseRows(hidden_NT=torch.randn(tokens, width).to(kind), head=head)
         held = torch.from_numpy(random.random(tokens) < 0.2)
         wanted = replace(wanted, teacher=whole if teacher == "dense" else whole.select(torch.arange(tokens), held))
-    if "entropy" in weights:
-        wanted = replace(wanted, live=Entropic(weights))  # pyright: ignore[reportArgumentType]
+    if weights in ("entropy", "top_entropy", "collision"):
+        wanted = replace(wanted, live=Asking(weights))  # pyright: ignore[reportArgumentType]
     hidden, weight = (torch.randn(n, width).to(kind).requires_grad_() for n in (tokens, vocabulary))
     gc.collect()
     with Watched() as watched:

@@ -42,6 +42,15 @@ def test_what_saves_memory_saves_it_in_the_estimate() -> None:
     assert memory_per_rank(run(train={"micro_batch_tokens": 1024}), BILLION, CONFIG) < usual
 
 
+def test_ranks_share_what_zero3_shares() -> None:
+    whole = memory_per_rank(run(train={"micro_batch_tokens": 2}), BILLION, CONFIG)
+    eight = memory_per_rank(run(train={"micro_batch_tokens": 2, "workers": 8}), BILLION, CONFIG)
+    head = 6 * 128_256 * 2048 + HEAD_BUFFER_BYTES
+    assert 20 * BILLION / 8 < eight - head < 20 * BILLION / 8 + 2 * (128_256 * 2048 + 2 * BILLION / 16) + 10_000_000
+    assert memory_per_rank(run(train={"micro_batch_tokens": 2, "workers": 8, "engine": "local"}), BILLION, CONFIG) == whole
+    assert guess(run(), None).checkpoint_bytes == 12 * BILLION
+
+
 def guess(given: Run, tokens: int | None, **figures: Any) -> Estimate:
     """An estimate of a model that is its own teacher, half of whose tokens are scored."""
     usual = {

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,18 @@ def data_of(html: str) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, flags=re.DOTALL)
     assert found
     return json.loads(found[1])
+
+
+def test_rows_of_one_text_are_shown_once_for_each_way_they_are_marked() -> None:
+    one, _ = seen = seen_of([ids_of("twice"), ids_of("other")])
+    here, there = one.document.supervised.copy(), one.document.supervised.copy()
+    here[-1], there[-2] = False, False
+    marked = [
+        replace(one, document=replace(one.document, anchors=anchors, row=row))
+        for row, anchors in ((3, here), (4, there), (5, here))
+    ]
+    assert len({each.document.digest for each in (one, *marked)}) == 1
+    assert [shown.number for shown in chosen_documents(plan_of([*seen, *marked, one]))] == [0, 1, 2, 3]
 
 
 def test_every_supervised_token_is_there_in_its_colour(texts: TokenTexts) -> None:

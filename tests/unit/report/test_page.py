@@ -6,17 +6,22 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from distft.errors import CorruptArtifactError, MissingArtifactError
+from distft.objectives.catalog import Eksft, Objective
+from distft.objectives.treatment import Signals
 from distft.report import svg
 from distft.report.data import read_runs
 from distft.report.page import comparison_rows, comparison_table, write_report
 from distft.report.table import LONGEST_NAME
+from distft.report.view import PARTS
 from distft.store.location import Location, open_location
 from distft.train.record import read_metrics
 from tests.helpers.s3 import BUCKET, s3_environment, set_s3_environment
@@ -82,6 +87,55 @@ def test_one_run_says_what_it_learned_and_how_far_it_drifted(two: Location) -> N
     html, _ = pages(two, ["sft_kl"])
     text = plain(Outline(html).text)
     assert "sft_kl raised spell from 8.0 % to 70.0 % right answers (16 to 140 of 200) and drifted 0.087 nats per token" in text
+
+
+def of_sequences(store: Location) -> Location:
+    """One run more, whose loss is a mean over sequences: 200 tokens each, once in a step of 10 and once in a step of 30."""
+    rule = {"kind": "eksft", "variant": "published_code"}
+    write_run(store, "replica", {**ARMS["sft_kl"], "objective": rule}, seed=2, questions=200, evaluated=True)
+    folder = store.child("runs", "replica")
+    line, part = (
+        read_metrics(folder)[0],
+        {"share_kl": 0.0, "share_rkl": 40.0, "rkl": 0.2, "share_collision": 40.0, "collision": 0.5},
+    )
+    lines = [
+        {**line, **part, "step": 1, "share_ce": 240.0, "normaliser": 10.0},
+        {**line, **part, "step": 2, "share_ce": 120.0, "normaliser": 30.0},
+    ]
+    folder.replace("metrics.jsonl", "".join(json.dumps(one) + "\n" for one in lines).encode())
+    return store
+
+
+def test_a_loss_over_sequences_has_tokens_per_sequence_and_no_share(two: Location) -> None:
+    html, markdown = pages(of_sequences(two), ["sft", "replica"])
+    table = plain(markdown).split("## What the objective did")[1].split("## Answers")[0]
+    assert "| replica | cross-entropy | 150.0 per sequence | 120.0 per sequence | 240.0 per sequence |" in table
+    assert "| replica | Σp² of the student | 40.0 per sequence |" in table
+    assert "| sft | cross-entropy | 100.0 % | 100.0 % | 100.0 % |" in table
+    assert not [row for row in table.splitlines() if row.startswith("| replica") and "%" in row]
+    assert "Where the loss is a mean over sequences" in table
+    section = html.split("What the objective did")[1].split("<h2>")[0]
+    assert section.count('class="meter') == 1, "of the other run alone"
+    assert "150.0 per sequence" in plain(section)
+    assert "Where the loss is a mean over sequences" in section
+    assert "mean over sequences" not in pages(two, ["sft", "sft_kl"])[0]
+
+
+def test_a_replica_is_the_only_rule_that_counts_sequences(two: Location) -> None:
+    """What the page goes by is what the rules do."""
+    told = Signals(label_logprob=np.full(8, -1, np.float32), entropy=np.ones(8, np.float32), rank=np.ones(8, np.uint32), vocabulary=9,
+                   anchors=np.ones(8, np.bool_))  # fmt: skip
+    rules = [kind.model_validate({"kind": get_args(kind.model_fields["kind"].annotation)[0]}) for kind in get_args(Objective)]
+    [run] = read_runs(two, ["sft"])
+    for rule in [*rules, Eksft(kind="eksft", variant="published_code")]:
+        counts_one = float(rule.counts(told)[0].sum()) == 1.0
+        assert replace(run, config={"objective": rule.model_dump()}).counts_sequences == counts_one, rule
+
+
+def test_every_part_of_the_loss_has_a_name() -> None:
+    from distft.objectives.loss import PARTS as parts  # noqa: N811, PLC0415  (torch, which the page does without)
+
+    assert tuple(PARTS) == parts
 
 
 def test_sections_come_in_order(two: Location) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -191,3 +192,42 @@ def test_much_to_read_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "checking files: 170 of 170 bytes" in capsys.readouterr().err
     with pytest.raises(MissingArtifactError):
         files_sha256([tmp_path / "a", tmp_path / "b", tmp_path / "none"])
+
+
+def test_a_file_that_goes_once_its_digest_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each look at it: it is missing, or its digest is what it was."""
+    monkeypatch.setattr(digest, "SHOWN_FROM_BYTES", 1)
+    path, plain, looks = tmp_path / "a", digest._key, list[Path]()
+
+    def key(path: Path) -> tuple[str, float]:
+        found = plain(path)
+        looks.append(path)
+        if len(looks) == last:
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(digest, "_key", key)
+    for last in (2, 3):
+        looks.clear()
+        path.write_bytes(b"one")
+        if last == 2:
+            with pytest.raises(MissingArtifactError, match="no file"):
+                files_sha256([path])
+        else:
+            assert files_sha256([path]) == {path: hashlib.sha256(b"one").hexdigest()}
+        assert not path.exists()
+
+
+def test_a_large_file_is_shown_as_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest, "SHOWN_FROM_BYTES", 100)
+    monkeypatch.setattr(digest, "READ_BYTES", 64)
+    (tmp_path / "a").write_bytes(bytes(150))
+    advanced: list[float] = []
+
+    class Meter:
+        def advance(self, amount: float = 1.0, note: str = "") -> None:
+            advanced.append(amount)
+
+    monkeypatch.setattr(digest, "track", lambda *_: contextlib.nullcontext(Meter()))
+    assert files_sha256([tmp_path / "a"]) == {tmp_path / "a": hashlib.sha256(bytes(150)).hexdigest()}
+    assert advanced == [64, 64, 22]

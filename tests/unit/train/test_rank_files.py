@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from distft.engine.base import Slice, Wanted, share
 from distft.errors import CorruptArtifactError
-from distft.store import blocks
+from distft.store import blocks, put
 from distft.store.location import Location, open_location
 from distft.store.manifest import Manifest
 from distft.train.rank_files import PARTS, Layout, Memory, manifest_facts, put_rank_file, read_slices
@@ -86,24 +88,79 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(
             assert torch.equal(again[part][name].view(shape), FULL[part][name])
 
 
-def test_a_rank_reads_no_block_that_it_does_not_need(
-    store: Location, saved: Callable[[int], Manifest], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    manifest, read = saved(2), 0
-    monkeypatch.setattr(blocks, "AHEAD", 0)
-    plain = type(store).read_range
+@pytest.fixture
+def asked(store: Location, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Each block that is fetched, by its file and number."""
+    found, plain = list[tuple[str, int]](), type(store).read_range
 
     def counted(self: Location, name: str, start: int, length: int) -> bytes:
-        nonlocal read
-        read += length
+        found.append((name, start // 200))
         return plain(self, name, start, length)
 
     monkeypatch.setattr(type(store), "read_range", counted)
-    list(read_slices(store, manifest, [Wanted("embed", SHAPES["embed"], 0, 40)]))
-    assert read <= (1 + 2 + 3 * 2) * 200  # the header's blocks, and those around 160 bytes of each part
-    read = 0
-    list(read_slices(store, manifest, [Wanted("embed", SHAPES["embed"], 0, 296)], parts=("weight",)))
-    assert read <= 4 * 296 + 2 * 4 * 200
+    return found
+
+
+@pytest.mark.parametrize("parts", [PARTS, ("weight",), ("exp_avg_sq",)])
+@pytest.mark.parametrize(
+    "wanted",
+    [[("embed", 0, 40)], [("embed", 0, 296)], [("layers.0.w", 380, 384)], [("b", 0, 3), ("norm", 2, 3), ("embed", 100, 260)]],
+)
+def test_a_rank_reads_no_block_that_it_does_not_need(
+    store: Location, saved: Callable[[int], Manifest], asked: list[tuple[str, int]], wanted: Any, parts: Any
+) -> None:
+    manifest, needed = saved(2), set[tuple[str, int]]()
+    layout = Layout(list(SHAPES.items()), 2)
+    for entry in manifest.files:
+        rank = entry.facts["rank"]
+        head = entry.size - 12 * layout.elements(rank)
+        touched = set[int]()
+        for name, start, stop in wanted:
+            owned, end, offset = layout.places(rank)[name]
+            for element in range(max(start, owned), min(stop, end)):
+                places = [PARTS.index(part) * layout.elements(rank) + offset + element - owned for part in parts]
+                touched |= {byte // 200 for place in places for byte in range(head + 4 * place, head + 4 * place + 4)}
+        if touched:
+            needed |= {(entry.name, number) for number in touched | set(range(-(-head // 200)))}
+    list(read_slices(store, manifest, [Wanted(name, SHAPES[name], start, stop) for name, start, stop in wanted], parts=parts))
+    assert sorted(asked) == sorted(needed)
+
+
+def test_a_whole_checkpoint_is_read_once_in_whatever_order_it_is_wanted(
+    store: Location, saved: Callable[[int], Manifest], asked: list[tuple[str, int]]
+) -> None:
+    manifest = saved(3)
+    list(read_slices(store, manifest, reversed(wanted_by(0, 1))))
+    assert len(asked) == len(set(asked)) == sum(-(-entry.size // 200) for entry in manifest.files)
+
+
+class _Block(bytes):
+    """Tells how many of its kind are in memory."""
+
+    here = most = 0
+
+    def __new__(cls, data: bytes) -> _Block:
+        _Block.here += 1
+        _Block.most = max(_Block.most, _Block.here)
+        return super().__new__(cls, data)
+
+    def __del__(self) -> None:
+        _Block.here -= 1
+
+
+def test_memory_does_not_grow_with_the_ranks(
+    store: Location, saved: Callable[[int], Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 32)
+    plain, threads = type(store).read_range, threading.active_count()
+    monkeypatch.setattr(type(store), "read_range", lambda self, *given: _Block(plain(self, *given)))
+    monkeypatch.setattr(_Block, "most", 0)
+    seen = 0
+    for _ in read_slices(store, saved(40), wanted_by(0, 1)):
+        seen = max(seen, threading.active_count() - threads)
+    assert seen <= 1 + blocks.AHEAD, "one pool for all files"
+    assert 0 < _Block.most <= 5 + 2 * blocks.AHEAD
+    assert _Block.here == 0
 
 
 def test_one_part_alone(store: Location, saved: Callable[[int], Manifest]) -> None:
@@ -126,15 +183,34 @@ def test_others_can_read_the_files(store: Location, saved: Callable[[int], Manif
         assert len(found["weight"]) == layout.elements(entry.facts["rank"])
 
 
+def test_what_a_manifest_says_of_a_file_is_so(store: Location, saved: Callable[[int], Manifest]) -> None:
+    for entry in saved(2).files:
+        assert hashlib.sha256(store.read(entry.name)).hexdigest() == entry.sha256
+        assert store.size(entry.name) == entry.size
+
+
+def test_a_rank_file_is_not_read_back(saved: Callable[[int], Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(put, "file_sha256", lambda path: pytest.fail(f"{path} was read"))
+    saved(1)
+
+
 def test_a_snapshot_is_of_its_moment_and_room_is_taken_once() -> None:
     memory, live = Memory(), torch.arange(4.0)
     piece = Slice(name="x", shape=(4,), start=0, weight=live, exp_avg=live, exp_avg_sq=live)
     first = memory.copy([piece])
+    room = first.vectors["weight"].data_ptr()
     live += 1
     assert first.vectors["weight"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(RuntimeError, match="still in use"):
+        memory.copy([piece])
+    assert first.vectors["weight"].tolist() == [0, 1, 2, 3]
+    memory.give_back(first)
+    assert not first.vectors, "nobody can write what may be another step's by now"
     second = memory.copy([piece])
     assert second.vectors["weight"].tolist() == [1, 2, 3, 4]
-    assert second.vectors["weight"].data_ptr() == first.vectors["weight"].data_ptr()
+    assert second.vectors["weight"].data_ptr() == room
+    with pytest.raises(RuntimeError, match="not the one that is lent"):
+        memory.give_back(first)
 
 
 @pytest.mark.parametrize("place", [3, 60, 400, -1])

@@ -170,6 +170,28 @@ def test_training_goes_on_while_it_is_written(made: Lab, slow_disk: threading.Ev
     assert equal(restored(made, 1)[1], before)
 
 
+def test_what_is_being_written_is_not_written_over(made: Lab, slow_disk: threading.Event) -> None:
+    kept, engine = checkpoints(made), changed(made, 1)
+    kept.save(1, engine, facts(1))
+    with pytest.raises(RuntimeError, match="still in use"):
+        kept._memory.copy(engine.slices())
+    slow_disk.set()
+    kept.finish()
+    kept._memory.copy(engine.slices())
+
+
+def test_room_is_free_after_a_write_that_failed(made: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = checkpoints(made)
+    with monkeypatch.context() as full:
+        full.setattr(checkpoint, "put_rank_file", lambda *_: pytest.fail("the disk is full"))
+        kept.save(1, made.engine(), facts(1))
+        with pytest.raises(pytest.fail.Exception, match="disk is full"):
+            kept.finish()
+    kept.save(2, made.engine(), facts(2))
+    kept.finish()
+    assert kept.steps() == [2]
+
+
 def test_a_save_waits_for_the_one_before(made: Lab, slow_disk: threading.Event) -> None:
     kept, engine = checkpoints(made), changed(made, 1)
     kept.save(1, engine, facts(1))
