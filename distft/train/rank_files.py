@@ -16,6 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,7 +85,7 @@ class Memory:
         place = 0
         for piece in pieces:
             for part, vector in self._vectors.items():
-                vector[place : place + len(piece.weight)].copy_(getattr(piece, part).detach(), non_blocking=pinned)
+                _copy(vector[place : place + len(piece.weight)], getattr(piece, part).detach())
             place += len(piece.weight)
         if pinned:
             torch.cuda.synchronize()
@@ -148,6 +149,15 @@ def read_weights(where: Location, manifest: Manifest) -> dict[str, Tensor]:
     return whole
 
 
+def _copy(into: Tensor, numbers: Tensor) -> None:
+    """From a GPU it may still be under way afterwards."""
+    if numbers.is_cuda:
+        into.copy_(numbers, non_blocking=True)
+    else:
+        # One thread does as well as torch's, which share the memory's speed, and wait for each other wherever cores are busy.
+        np.copyto(into.numpy(), numbers.numpy())
+
+
 class _Piece(NamedTuple):
     """What one rank's file has of something that is wanted."""
 
@@ -160,7 +170,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(where: Location, layout: Layout, wanted: Iterable[Wanted]) -> dict[int, list[_Piece]]:
-    """The pieces of all that is wanted, by rank. Those of a rank are in their file's order, in which no block is needed twice."""
+    """The pieces of all that is wanted, by rank. Those of a rank are in their file's order, in which few blocks have to be kept."""
     shapes, places = dict(layout.parameters), dict[int, dict[str, tuple[int, int, int]]]()
     found: dict[int, list[_Piece]] = {}
     for one in wanted:

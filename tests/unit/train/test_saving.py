@@ -36,7 +36,7 @@ class _Threads(World):
     def total(self, *numbers: float) -> list[float]:
         self.board[self.rank] = numbers
         self.barrier()
-        sums = [sum(column) for column in zip(*(self.board[rank] for rank in range(self.size)), strict=True)]
+        sums = [float(sum(column)) for column in zip(*(self.board[rank] for rank in range(self.size)), strict=True)]
         self.barrier()
         return sums
 
@@ -247,9 +247,10 @@ def test_a_rank_that_never_writes_is_not_waited_for_after_closing(made: Lab) -> 
     leads = _Threads(rank=0, size=1, meeting=meeting)
     kept = checkpoints(made, leads)
     object.__setattr__(leads, "size", 2)  # the other died between the collectives and its write
+    snapshot = kept._memory.copy(made.engine().slices())
+    threading.Timer(0.2, kept.close, kwargs={"grace": 0}).start()
     with pytest.raises(DistftError, match=r"was not committed: written/[0-9a-f]{12}-00001\.json never came"):
-        threading.Timer(0.2, kept.close, kwargs={"grace": 0}).start()
-        kept._write(1, kept._memory.copy(made.engine().slices()), "0" * 12, facts(1))
+        kept._write(1, snapshot, "0" * 12, facts(1))
     assert kept.steps() == []
 
 
