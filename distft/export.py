@@ -23,7 +23,7 @@ from distft.train.rank_files import read_weights
 GENERATION = "generation_config.json"
 
 
-def export_run(run: Run, model: ModelFolder, run_identity: dict[str, Any], store: Location, staging: Path) -> dict[str, Any]:
+def export_run(run: Run, model: ModelFolder, run_identity: dict[str, Any], store: Location) -> dict[str, Any]:
     """Writes `runs/<name>/model/` from the newest checkpoint; a model that is there already is left as it is.
 
     The files have the names that transformers wants, so they cannot be unique: what an interrupted export left is removed first,

@@ -192,13 +192,13 @@ class Pipeline:
         self._writing_to(self.folder)
         less = "Lower train.micro_batch_tokens, or set train.gradient_checkpointing=true: neither changes what is learned."
         with enough_memory(less), join_world() as world:
-            return train_run(self.run, self.model, corpus, cache, self.store, self.staging, world)
+            return train_run(self.run, self.model, corpus, cache, self.store, world)
 
     def export(self) -> dict[str, Any]:
         from distft.export import export_run
 
         self._writing_to(self.folder)
-        return export_run(self.run, self.model, self.run_identity, self.store, self.staging)
+        return export_run(self.run, self.model, self.run_identity, self.store)
 
     def evaluate(self) -> dict[str, Any]:
         from distft.engine.memory import enough_memory

@@ -46,7 +46,7 @@ class Stepper(ABC):
             # a rule that counts every token may still give none a weight, and an update would then be weight decay and old momentum
             self._drop_gradients()
             raise TrainingError(
-                f"No token has a weight: the objective trains nothing of this step, whose normaliser is {normaliser:.0f}; nothing was updated.",
+                f"No token has a weight: the objective counts {normaliser:.0f} and trains nothing; nothing was updated.",
                 help="Raise train.tokens_per_step, or loosen the objective's selection.",
             )  # fmt: skip
         if self.clip is not None and grad_norm > self.clip:

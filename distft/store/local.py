@@ -59,8 +59,9 @@ class LocalLocation(Location):
         with explained("read", self._path(name)) as path, path.open("rb") as file:
             file.seek(start)
             data = file.read(length)
+            size = os.fstat(file.fileno()).st_size
         if len(data) != length:
-            raise CorruptArtifactError(f"{path} ends at byte {start + len(data)}, not {start + length}", where=str(path))
+            raise CorruptArtifactError(f"{path} ends at byte {size}, not {start + length}", where=str(path))
         return data
 
     def create(self, name: str, data: bytes) -> bool:

@@ -109,7 +109,8 @@ def verify_text(result: dict[str, Any]) -> str:
         f"{result['documents']:,} documents, {result['scored_tokens']:,} scored tokens: every row is well-formed; "
         f"{result['compared_with_corpus']:,} compared with a corpus of the store",
         *([f"{result['quarantined']:,} documents that the teacher could not read"] if result["quarantined"] else []),
-        ("1 corpus" if result["corpora_covered"] == 1 else f"{result['corpora_covered']:,} corpora") + " covered whole"
+        ("1 corpus" if result["corpora_covered"] == 1 else f"{result['corpora_covered']:,} corpora")
+        + " covered whole"
         + ("" if result["corpora_covered"] else ": the cache is unfinished"),
     ]
     probe = result["probe"]

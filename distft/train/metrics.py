@@ -3,9 +3,9 @@
 `loss` is what was minimised. `ce`, `kl`, `rkl` and `entropy` are unweighted means in nats over the tokens that bear that weight,
 `normaliser` is what the loss was divided by: as many tokens or, for a rule that counts those, sequences. `share_*` is how many tokens
 bear the weight for each that it counts: above 1 where a held prompt is longer than its answer, and tokens per sequence where it counts
-sequences. `mass_*` is what the part adds to the loss, in nats, and all add up to it. An entropy's is below 0 where entropy is rewarded,
-and above where a negative weight punishes it. `collision`, which has no unit, is there only in steps where a token bears its weight. A
-resumed run drops the lines after its checkpoint and goes on.
+sequences. `mass_*` is what the part adds to the loss, in nats, and all add up to it; an entropy's is below 0 where entropy is
+rewarded, and above where a negative weight punishes it. `collision`, which has no unit, is there only in steps where a token bears its
+weight. A resumed run drops the lines after its checkpoint and goes on.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from distft.config.check import too_rarely_measured, unread_anchors
@@ -35,7 +34,7 @@ def run_identity(run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCac
 
 
 def train_run(
-    run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCache | None, store: Location, staging: Path, world: World
+    run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCache | None, store: Location, world: World
 ) -> dict[str, Any]:
     """Trains to the end; returns what `--json` prints. A run that is finished returns at once, without loading the model."""
     if world.size > 1 and run.train.workers not in ("auto", world.size):
@@ -44,7 +43,11 @@ def train_run(
     folder = store.child("runs", run.name)
     kept = run.train.checkpoint
     checkpoints = Checkpoints(
-        folder.child("checkpoints"), run_identity(run, model, corpus, cache), keep=kept.keep, keep_every=kept.keep_every, world=world
+        folder.child("checkpoints"),
+        run_identity(run, model, corpus, cache),
+        keep=kept.keep,
+        keep_every=kept.keep_every,
+        world=world,
     )
     plan = StepPlan(corpus.lengths("train"), run.train)
     try:

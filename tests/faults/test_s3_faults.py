@@ -82,7 +82,7 @@ def test_what_lies_beyond_a_local_files_end(tmp_path: Path) -> None:
     store = open_location(str(tmp_path / "store"))
     store.create("name", b"0123456789")
     for start, length in ((6, 5), (10, 1), (20, 5)):
-        with pytest.raises(CorruptArtifactError, match=rf"name ends at byte \d+, not {start + length}") as told:
+        with pytest.raises(CorruptArtifactError, match=rf"name ends at byte 10, not {start + length}") as told:
             store.read_range("name", start, length)
         assert told.value.exit_status == 3
 

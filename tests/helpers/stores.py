@@ -183,7 +183,7 @@ class Lab:
 
     def train(self, world: World | None = None) -> dict[str, Any]:
         cache = self.cache() if self.run.needs_teacher else None
-        return train_run(self.run, self.model, self.corpus, cache, self.store, self.staging, world or World())
+        return train_run(self.run, self.model, self.corpus, cache, self.store, world or World())
 
     @property
     def run_folder(self) -> Location:

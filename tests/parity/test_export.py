@@ -26,7 +26,7 @@ def trained(folder: Path, family: str = "llama", **sections: Any) -> Lab:
 
 
 def export(made: Lab) -> Path:
-    export_run(made.run, made.model, made.run_identity(), made.store, made.staging)
+    export_run(made.run, made.model, made.run_identity(), made.store)
     path = made.run_folder.child("model").local("MANIFEST.json")
     assert path is not None
     return path.parent

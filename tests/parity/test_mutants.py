@@ -252,7 +252,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant(f"{RULE}eksft:Eksft._as_published", "UP if sure else DOWN", "DOWN"),
         [guard(PAPER, case=f"{PUBLISHED}, of a sure student"), guard(REWARDS, entropy=0.49, nudged=1.05)]),
     "published eksft's entropy is measured in nats": (
-        Mutant(f"{RULE}eksft:Eksft._as_published", "per_nat * _mean(live.entropy, unsure)", "self.lambda_entropy * _mean(live.entropy, unsure)"),
+        Mutant(f"{RULE}eksft:Eksft._as_published", "sure = per_nat *", "sure = self.lambda_entropy *"),
         [guard(PAPER, case=f"{PUBLISHED}, of a sure student"), guard(REWARDS, entropy=0.49, nudged=1.05)]),
     "a rule that reads the collision is told the entropy": (
         Mutant("distft.train.live:_value", 'f"{name}_N"', 'f"{name}_N".replace("collision", "entropy")'),

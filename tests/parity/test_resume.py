@@ -152,7 +152,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
     assert_equal(outcome(straight), outcome(broken))
 
 
-def test_only_damaged_checkpoints_are_no_fresh_start_until_somebody_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_damaged_checkpoints_are_no_fresh_start_until_somebody_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     straight, broken = prepared(tmp_path / "straight"), prepared(tmp_path / "broken")
     straight.train()
     train_until_killed(broken, monkeypatch, before=8)

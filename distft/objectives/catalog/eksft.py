@@ -91,8 +91,9 @@ class Eksft(ObjectiveRule):
 
     @property
     def live_fields(self) -> frozenset[LiveField]:
-        nudges_by = {"collision"} if self.variant == "published_code" and self.holds else set[LiveField]()
-        return frozenset({"entropy", "rkl", *nudges_by})
+        if self.variant == "published_code" and self.holds:
+            return frozenset({"entropy", "rkl", "collision"})
+        return frozenset({"entropy", "rkl"})
 
     def treat(self, signals: Signals) -> Treatment:
         if self.variant == "published_code":

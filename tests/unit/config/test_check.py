@@ -136,7 +136,9 @@ def test_anchors_are_given_to_those_who_ask_and_not_left_unread() -> None:
     given = {"kind": "lwf", "anchors": "given"}
     annotated = {"train": {"path": "d.jsonl", "anchors": "a.jsonl"}}
     check_run(validate(run(objective=given, data=annotated), where=""), where="run.yaml")
-    check_run(validate(run(objective={"kind": "sft"}, data=annotated), where=""), where="run.yaml")  # a baseline on the same corpus
+    check_run(
+        validate(run(objective={"kind": "sft"}, data=annotated), where=""), where="run.yaml"
+    )  # a baseline on the same corpus
     for document, says in (
         (run(objective=given), "give data.train.anchors, or set objective.anchors=floor"),
         (run(objective={"kind": "lwf"}, data=annotated), "data.train.anchors=a.jsonl marks what is to be learned"),

@@ -58,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-STUDENTS: dict[str, dict[str, float]] = {
+STUDENTS: dict[str, dict[str, Any]] = {
     "eksft, published code, of a sure student": {"moved": 0.3, "sure": 4.0},
     "eksft, published code, of a sure student that has moved": {"moved": 1.0, "sure": 4.0},
 }
@@ -171,7 +171,7 @@ def test_the_published_code_nudges_both_its_weights_either_way() -> None:
         for doc in (doc for seed in (0, 1) for doc in invent(LENGTHS, seed=seed, **STUDENTS.get(case, {}))):
             eksft_published_sequence(doc, **{**how, "lambda_entropy": 1.0, "lambda_kl": 1.0}, nudges=seen.setdefault(case, []))
     assert set(seen["eksft, published code"]) == {(0.95, 1.05)}
-    assert set(seen["eksft, published code, of a sure student"]) == {(1.05, 0.95)}
+    assert set(seen["eksft, published code, of a sure student"]) == {(1.05, 0.95), (1.05, 1.05)}, "in one step"
     assert set(seen["eksft, published code, of a sure student that has moved"]) == {(1.05, 1.05)}
 
 

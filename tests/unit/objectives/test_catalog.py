@@ -68,7 +68,8 @@ def signals(*probabilities: float, live: LiveSignals | None = None) -> Signals:
         label_logprob=label_logprob, entropy=np.ones_like(label_logprob), rank=np.zeros(n, np.uint32), document=DIGEST,
         anchors=np.arange(n) % 2 == 1, vocabulary=50,
         live=live or LiveSignals(
-            label_logprob=label_logprob, entropy=steps, top_entropy=steps, kl=steps[::-1], rkl=steps[::-1] / 4, collision=steps / 2.5
+            label_logprob=label_logprob, entropy=steps, top_entropy=steps, kl=steps[::-1], rkl=np.float32(0.25) * steps[::-1],
+            collision=np.float32(0.4) * steps,
         ),
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from distft.objectives.chunk import Chunk
 from distft.objectives.distributions import DenseHead, DenseRows, LogitShape, SparseRows
 from distft.objectives.loss import Targets, buffers, measure, token_loss
+from distft.objectives.treatment import LiveField
 from distft.objectives.whole import WholeChunk
 from tests.helpers.reference import reference_loss, shaped_logits
 from tests.unit.objectives.test_dense_teacher import HELD, as_rows, dense
@@ -163,7 +164,7 @@ def test_a_rule_that_asks_is_told_and_no_other(kind: str, chunk: int, monkeypatc
     assert_close(told.collision_N, collision_N, "collision")
     assert told.entropy_N is None
     monkeypatch.setattr(Chunk, "_collision", None)
-    others = frozenset({"entropy", "rkl"})
+    others: frozenset[LiveField] = frozenset({"entropy", "rkl"})
     plain = measure(made["hidden"], made["weight"], made["bias"], asks, shape=shape, wanted=others, chunk=chunk)
     assert plain.collision_N is None
     assert torch.equal(plain.ce_N, told.ce_N)

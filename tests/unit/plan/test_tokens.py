@@ -149,7 +149,8 @@ def test_published_eksft_is_told_as_what_it_does() -> None:
     masked = [TREATMENTS[code] == "masked" for code in plan.applied[0].codes]
     assert masked == [False, False, True, False, False, True, False]
     ce = (CE[0] + CE[1] + CE[3]) / 3 + (CE[4] + CE[6]) / 2
-    bonus = 1.05 * 0.05 / math.log(280) * (H[3] + H[6])
+    assert H[3] / math.log(280) < 0.5 < H[6] / math.log(280), "so that the weight goes up in one and down in the other"
+    bonus = 0.05 / math.log(280) * (1.05 * H[3] + 0.95 * H[6])
     assert facts["loss_at_step_0"] == pytest.approx((ce - bonus) / 2, rel=1e-6)
     assert "not learn the tokens before those" in " ".join(facts["notes"])
 

@@ -133,7 +133,7 @@ def test_a_replica_is_the_only_rule_that_counts_sequences(two: Location) -> None
 
 
 def test_every_part_of_the_loss_has_a_name() -> None:
-    from distft.objectives.loss import PARTS as parts  # noqa: N811, PLC0415  (torch, which the page does without)
+    from distft.objectives.loss import PARTS as parts  # noqa: N811  (torch, which the page does without)
 
     assert tuple(PARTS) == parts
 
