@@ -176,6 +176,7 @@ class Pipeline:
 
         self._cache(self.corpus())  # what is missing or wrong is told before anything starts
         self._writing_to(self.folder)
+        say("train: starting the ranks" if count is None else f"train: starting {count} ranks")
         return train_on_ranks(
             partial(train_here, self.run), address=self.run.cluster.address, ranks=count, gpus=device_count(),
             restarts=self.run.train.restarts,

@@ -159,7 +159,7 @@ def _of(anchor: Anchor) -> str:
 
 
 def _line(line: Row) -> tuple[tuple[str | None, int], tuple[Anchor, ...]]:
-    value, where = line.value, line.place
+    value, where = line.value, f"{line.file}, line {line.number}"
     for key in ("row", "anchors"):
         if key not in value:
             raise DataError(f"the line has no {key!r}", where=where, help=_MEND)
@@ -170,7 +170,7 @@ def _line(line: Row) -> tuple[tuple[str | None, int], tuple[Anchor, ...]]:
     row = _number(value["row"], "row", 1, where)
     if not isinstance(value["anchors"], list) or not value["anchors"]:
         raise DataError("`anchors` is no list of at least one anchor", where=where, help=_MEND)
-    return (name, row), tuple(_anchor(one, f"{where}, anchor {n}") for n, one in enumerate(value["anchors"], start=1))
+    return (name, row), tuple(_anchor(one, f"{where} (row {row}), anchor {n}") for n, one in enumerate(value["anchors"], start=1))
 
 
 def _anchor(value: Any, where: str) -> Anchor:

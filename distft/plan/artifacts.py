@@ -99,6 +99,8 @@ def _teacher(store: Location, identity: dict[str, Any], digests: Set[str] | None
             verb="score",
         )
     note = f"{len(digests & held):,} of {len(digests):,} documents"
+    if digests <= held:
+        note += ", scored for others; nothing is left to score"
     if digests - held - unreadable:
         note += "; the others alone are scored"
     if digests & unreadable:

@@ -128,10 +128,10 @@ def _shares(place: int, run: RunData) -> list[dict[str, Any]]:
     where the normaliser counts those, of which no bar can be drawn."""
     rows, form = [], _per_sequence if run.counts_sequences else words.percent
     for part, title in PARTS.items():
-        lines = [line for line in run.metrics if line.get(f"share_{part}") is not None]
-        if not any(line[f"share_{part}"] for line in lines):
+        lines = [{f"share_{part}": 0.0, **line} for line in run.metrics]  # of a rare part a step without it says nothing
+        values = [float(line[f"share_{part}"] or 0.0) for line in lines]
+        if not any(values):
             continue
-        values = [float(line[f"share_{part}"]) for line in lines]
         counted = [line.get("normaliser", line["tokens"]) for line in lines]
         mean = sum(v * n for v, n in zip(values, counted, strict=True)) / sum(counted)
         rows.append({

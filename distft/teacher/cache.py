@@ -219,6 +219,11 @@ def _not_there(store: Location, folder: Location, identity: dict[str, Any], want
     """Why there is nothing to train on: building, or made by another teacher or policy, or never begun."""
     if read_manifest(folder, IDENTITY) is not None:
         held = held_documents(read_parts(folder))
+        if wanted <= held:
+            return MissingArtifactError(
+                f"The teacher cache holds all {len(wanted):,} documents of the corpus, scored for others, and no list of them for "
+                "this one.", where=folder.url, help="Run `distft score` with this config: it makes the list, and reads nothing.",
+            )  # fmt: skip
         trial = (
             "" if limit is None else f" and score.limit=null: score.limit={limit} is a trial, which leaves the cache unfinished"
         )

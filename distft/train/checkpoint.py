@@ -120,7 +120,9 @@ class Checkpoints:
                 engine.restore_slices(read_slices(where, manifest, engine.wanted()), optimizer_steps=step)
             except CorruptArtifactError as error:
                 wrong = error
-                complain(f"{error}\nGoing on from the checkpoint before it; the bad one is set aside.")
+                complain(
+                    f"{error}\nGoing on from the checkpoint before step {step:,}; the bad one is set aside: its files stay for who wants to look."
+                )
             [damaged] = self.world.total(wrong is not None)
             if not damaged:
                 assert manifest is not None

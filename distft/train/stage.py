@@ -12,7 +12,7 @@ from distft.corpus.render import token_rows
 from distft.engine.choose import open_engine
 from distft.engine.world import World
 from distft.errors import ConfigError, CorruptArtifactError
-from distft.progress import say
+from distft.progress import say, waiting
 from distft.store.location import Location
 from distft.store.model_folder import ModelFolder
 from distft.teacher.cache import TeacherCache
@@ -66,12 +66,15 @@ def train_run(
         say(f"train: {unread}")
     engine = open_engine(run, model, world, head_rows=token_rows(model))
     if cache is not None and run.teacher.path is None:
-        check_own_teacher(engine.measure, corpus, cache, world, dtype=_coarser(run), where=cache.folder.url)
+        with waiting("comparing the model with its cache"):
+            check_own_teacher(engine.measure, corpus, cache, world, dtype=_coarser(run), where=cache.folder.url)
     if world.leads:
         checkpoints.owner.claim()  # no sooner: a process that cannot even load must not stop one that trains
     world.barrier()  # no rank lists checkpoints that a former owner may still add to
     restored = checkpoints.restore(engine)
     done = restored.step if restored else 0
+    if restored:
+        say(f"train: going on from the checkpoint of step {done:,}")
 
     def heldout_drift() -> Drift:
         assert cache is not None, "drift needs the teacher"

@@ -326,7 +326,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         [guard(STEP_IN_CHUNKS, teacher=ALL, case="asft, prompt held"),
          guard(STEP_IN_CHUNKS, teacher=EXACT, case="eaft, prompt held")]),
     "the rule is told of twice the vocabulary": (
-        Mutant("distft.train.stage:train_run", "vocabulary=language_model.shape.rows", "vocabulary=2 * language_model.shape.rows"),
+        Mutant("distft.train.stage:train_run", "vocabulary=engine.vocabulary", "vocabulary=2 * engine.vocabulary"),
         [guard(test_live.test_a_run_tells_the_rule_its_vocabulary)]),
     "the rule is not told of bfloat16's rounding": (
         Mutant("distft.train.stage:train_run", ", rounding=ROUNDING[_coarser(run)]", ""),
@@ -432,7 +432,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant("distft.train.loop:train", "torch.manual_seed(_step_seed(config.seed, step, world.rank))",
                "torch.manual_seed(0) if step == first_step else None"), [DROPOUT]),
     "a checkpoint's bytes are not checked": (
-        Mutant("distft.store.manifest:_problem", "return None if found == entry.sha256", "return None if found"),
+        Mutant("distft.store.blocks:_Blocks._fetch", "if found != digests[number]:", "if not found:"),
         [guard(test_resume.test_a_damaged_checkpoint_is_named_and_the_one_before_serves, damage="weight")]),
     "a checkpoint of other settings is taken up": (
         Mutant("distft.train.checkpoint:Checkpoints._own", "if changed:", "if False:"),

@@ -63,7 +63,7 @@ def test_from_score_to_a_trained_model(spoilt: Bench) -> None:
         assert cure in refused.json["help"]
     assert not list(spoilt.store.glob("runs/*/checkpoints/step-*"))
 
-    spoilt.refused("train", cure, status=3, says=f"holds {held} of the corpus's {held} documents")
+    spoilt.refused("train", cure, status=3, says=f"holds all {held} documents of the corpus")
     again = spoilt.run("run", cure).json
     assert again["score"]["documents_scored"] == 0
     assert (again["score"]["coverage"]["complete"], again["score"]["coverage"]["quarantined"]) == (True, [])
