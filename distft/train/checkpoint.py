@@ -121,7 +121,7 @@ class Checkpoints:
             except CorruptArtifactError as error:
                 wrong = error
                 complain(
-                    f"{error}\nGoing on from the checkpoint before step {step:,}; the bad one is set aside: its files stay for who wants to look."
+                    f"{error}\nGoing on from the checkpoint before step {step:,}; the bad one is set aside, and its files stay."
                 )
             [damaged] = self.world.total(wrong is not None)
             if not damaged:
