@@ -56,6 +56,6 @@ fi
 
 if (($# == 0)); then
     lint
-    set -- --durations=12 --maxfail=12 # a dozen: something is wrong with the machine or with everything: say so while someone still waits
+    set -- --durations=12 --maxfail=8 # eight: something is wrong with the machine or with everything: say so while someone still waits
 fi
 exec python -m pytest "$@"

