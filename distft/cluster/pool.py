@@ -32,6 +32,8 @@ ATTEMPTS = 3
 """How many actors may die over one unit before it is given up."""
 IN_FLIGHT = 2
 """Units that an actor has: one that it is at, and one that it goes on with at once."""
+ECHO_SECONDS = 10.0
+"""How long it may take until Ray knows of a death that another actor of the group has noticed."""
 QUIET_SECONDS = 30.0
 """After so long without an event while some actors have not started, a person is told what is being waited for."""
 
@@ -139,7 +141,7 @@ class Pool(Generic[Unit, Result]):
             for stream in ready:
                 attempt = next(one for one in attempts if any(stream is each for each in one.streams))
                 leads = stream is attempt.streams[0]
-                kind, value = self._next_event(stream)
+                kind, value = self._next_event(stream, attempt.hand)
                 if kind == "result" and not leads:
                     attempt.streams = [each for each in attempt.streams if each is not stream]
                 elif kind == "result":
@@ -220,16 +222,31 @@ class Pool(Generic[Unit, Result]):
         self.hands.remove(late)
         self._hand_out()
 
-    def _next_event(self, stream: Any) -> tuple[str, Any]:
+    def _next_event(self, stream: Any, hand: _Hand) -> tuple[str, Any]:
         errors = self.ray.exceptions
         try:
             return self.ray.get(next(stream))
         except errors.RayTaskError:
-            raise  # a bug, with the traceback of the other side
+            death = self._death_in(hand)
+            if death is None:
+                raise  # a bug, with the traceback of the other side
+            return "death", death
         except errors.RayError as error:
             return "death", error
         except StopIteration:
             return "death", "its stream ended before its result"
+
+    def _death_in(self, hand: _Hand) -> Exception | None:
+        """Whether one of a group has died, and with it what another of them was waiting for: that one may be heard first."""
+        if len(hand.actors) == 1:
+            return None
+        answers = [actor.__ray_ready__.remote() for actor in hand.actors]
+        for answer in self.ray.wait(answers, num_returns=len(answers), timeout=ECHO_SECONDS)[0]:
+            try:
+                self.ray.get(answer)
+            except self.ray.exceptions.RayError as error:
+                return error
+        return None
 
     def _bury(self, attempt: _Attempt, cause: str, report: Report) -> None:
         """Puts another in the actor's place and the unit back to the front. Guilty is the unit that the actor was at."""

@@ -121,7 +121,7 @@ def test_a_driver_that_is_stopped_and_then_killed(whole: Bench) -> None:
     done = struck(whole, signal.SIGKILL)
     reached = steps(whole, "struck")[-1]
     assert done.status == -signal.SIGKILL
-    assert stopped < reached < LAST
+    assert stopped < reached <= LAST  # ranks may be done before they notice
     assert whole.run("train", *LONG, "name=struck").json["resumed_from"] == reached
     same_as_whole(whole, "struck")
 

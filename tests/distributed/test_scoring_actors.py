@@ -93,9 +93,9 @@ def die_behind(results: int, environment: dict[str, str]) -> None:
 
     real, seen = Pool._next_event, 0
 
-    def counting(self: Any, stream: Any) -> Any:
+    def counting(self: Any, stream: Any, hand: Any) -> Any:
         nonlocal seen
-        event = real(self, stream)
+        event = real(self, stream, hand)
         seen += event[0] == "result"
         if seen == results:
             os.kill(os.getpid(), signal.SIGKILL)
