@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from distft.errors import MissingArtifactError, StoreError
 from distft.progress import track
-from distft.store.local import exclusively
+from distft.store.lock import exclusively
 
 YOUNG_SECONDS = 2.0
 """A file touched this recently may change again without its times changing, so its digest is not kept (git does the same)."""

@@ -24,8 +24,9 @@ from uuid import uuid4
 from distft.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from distft.progress import Meter
 from distft.store.digest import file_sha256
-from distft.store.local import exclusively, explained
+from distft.store.local import explained
 from distft.store.location import Location, check_name
+from distft.store.lock import exclusively
 
 FORMAT: Final = "distft-manifest"
 VERSION: Final = 1

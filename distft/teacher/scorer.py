@@ -22,8 +22,8 @@ from distft.engine.memory import enough_memory
 from distft.engine.world import World, join_group, this_device
 from distft.errors import CorruptArtifactError, DistftError, StaleArtifactError
 from distft.store.digest import memo_path
-from distft.store.local import exclusively
 from distft.store.location import Location
+from distft.store.lock import exclusively
 from distft.store.manifest import Manifest
 from distft.store.model_folder import ModelFolder, resolve_model
 from distft.teacher.forward import score_documents

@@ -24,8 +24,9 @@ import pyarrow as pa
 from distft import ranks
 from distft.errors import MissingArtifactError, StoreError
 from distft.store.digest import file_sha256
-from distft.store.local import exclusively, explained, sync_file
+from distft.store.local import explained, sync_file
 from distft.store.location import Location
+from distft.store.lock import exclusively
 from distft.store.manifest import FileEntry, fetch
 from distft.store.shards import open_shard, read_batches
 from distft.teacher.encode import SCHEMA, PlainShard

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +12,21 @@ from torch import Tensor
 
 from distft.objectives.chunk import Chunk
 from distft.objectives.distributions import DenseHead, DenseRows, LogitShape, SparseRows
-from distft.objectives.loss import Targets, buffers, measure, token_loss
+from distft.objectives.loss import Targets, measure
 from distft.objectives.treatment import LiveField
 from distft.objectives.whole import WholeChunk
 from tests.helpers.reference import reference_loss, shaped_logits
 from tests.unit.objectives.test_dense_teacher import HELD, as_rows, dense
-from tests.unit.objectives.test_loss import SHAPES, Watched, assert_close, fast, problem, sparse, targets, teacher_rows
+from tests.unit.objectives.test_loss import (
+    SHAPES,
+    assert_a_chunks_room,
+    assert_close,
+    fast,
+    problem,
+    sparse,
+    targets,
+    teacher_rows,
+)
 
 ONLY = (0.0, 0.0, 0.0, 0.0)
 TEACHERS = ("none", "truncated", "all kept", "dense", "some dense")
@@ -186,12 +194,4 @@ def test_it_takes_no_more_room_than_a_chunks_buffers(teacher: str, softcap: floa
         labels_N=torch.from_numpy(random.integers(0, vocabulary, tokens)), ce_N=ce, kl_N=kl, rkl_N=rkl, entropy_N=entropy,
         collision_N=collision, teacher=rows,
     )  # fmt: skip
-    hidden, weight = (torch.randn(n, width).requires_grad_() for n in (tokens, vocabulary))
-    gc.collect()
-    with Watched() as watched:
-        loss, _ = token_loss(hidden, weight, None, wanted, shape=shape, chunk=chunk)
-        loss.backward()
-    one = 4 * chunk * vocabulary
-    assert watched.largest == one
-    count = buffers(shape, dense=teacher == "dense", half=False)
-    assert watched.most <= count * one + 40 * tokens * width + 16 * vocabulary * width + 300 * tokens
+    assert_a_chunks_room(wanted, shape, width=width, chunk=chunk, dense=teacher == "dense")

@@ -432,6 +432,22 @@ class Asking:
         return Weights(ce_N=value, kl_N=torch.ones_like(value), rkl_N=value, entropy_N=torch.zeros_like(value))
 
 
+def assert_a_chunks_room(
+    wanted: Targets, shape: LogitShape, *, width: int, chunk: int, dense: bool, kind: torch.dtype = torch.float32
+) -> None:
+    """A pass forward and back over a drawn head makes no more buffers than a chunk's size is made from."""
+    tokens = len(wanted.labels_N)
+    hidden, weight = (torch.randn(n, width).to(kind).requires_grad_() for n in (tokens, shape.rows))
+    gc.collect()
+    with Watched() as watched:
+        loss, _ = token_loss(hidden, weight, None, wanted, shape=shape, chunk=chunk)
+        loss.backward()
+    one = 4 * chunk * shape.rows
+    assert watched.largest == one
+    count = buffers(shape, dense=dense, half=kind == torch.bfloat16)
+    assert watched.most <= count * one + 40 * tokens * width + 16 * shape.rows * width + 300 * tokens
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("weights", ["ce", "kl", "mixed", "entropy", "top_entropy", "collision"])
@@ -453,15 +469,7 @@ def test_nothing_larger_than_a_chunk_of_logits_is_made(
         wanted = replace(wanted, teacher=whole if teacher == "dense" else whole.select(torch.arange(tokens), held))
     if weights in ("entropy", "top_entropy", "collision"):
         wanted = replace(wanted, live=Asking(weights))  # pyright: ignore[reportArgumentType]
-    hidden, weight = (torch.randn(n, width).to(kind).requires_grad_() for n in (tokens, vocabulary))
-    gc.collect()
-    with Watched() as watched:
-        loss, _ = token_loss(hidden, weight, None, wanted, shape=shape, chunk=chunk)
-        loss.backward()
-    one = 4 * chunk * vocabulary
-    assert watched.largest == one
-    count = buffers(shape, dense="dense" in teacher, half=kind == torch.bfloat16)
-    assert watched.most <= count * one + 40 * tokens * width + 16 * vocabulary * width + 300 * tokens
+    assert_a_chunks_room(wanted, shape, width=width, chunk=chunk, dense="dense" in teacher, kind=kind)
 
 
 @pytest.mark.parametrize("half", [False, True])

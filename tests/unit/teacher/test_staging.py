@@ -18,7 +18,8 @@ import pytest
 
 from distft.errors import CorruptArtifactError, StoreError
 from distft.store.digest import file_sha256
-from distft.store.local import LocalLocation, exclusively
+from distft.store.local import LocalLocation
+from distft.store.lock import exclusively
 from distft.store.manifest import FileEntry
 from distft.store.shards import VERSION, VERSION_KEY
 from distft.teacher import staging as room
