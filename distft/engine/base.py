@@ -65,6 +65,8 @@ class StepValues:
     counts: dict[str, float]
     masses: dict[str, float]
     """In nats, weighted and divided by the normaliser, an entropy's with its sign; they add up to the loss."""
+    quadrants: list[float]
+    """What the tokens of each of `QUADRANTS` add to the loss; 0 where no teacher was asked."""
 
 
 class Wanted(NamedTuple):

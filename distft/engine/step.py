@@ -17,8 +17,11 @@ from distft.engine.base import MicroBatch, StepValues
 from distft.engine.world import World
 from distft.errors import TrainingError
 from distft.objectives.loss import PARTS, TokenValues
+from distft.objectives.quadrants import NONE, QUADRANTS
 
 FIGURES = ("sums", "counts", "masses")
+SIGNS = {"entropy": -1.0}
+"""Of what a part adds to the loss, where it is not added."""
 
 
 class Stepper(ABC):
@@ -31,13 +34,16 @@ class Stepper(ABC):
 
     def train_step(self, micro_batches: Sequence[MicroBatch], *, normaliser: float, lr: float) -> StepValues:
         loss, figures = 0.0, torch.zeros(len(FIGURES), len(PARTS), dtype=torch.float64)
+        by_quadrant = torch.zeros(len(QUADRANTS), dtype=torch.float64)
         for number, batch in enumerate(micro_batches, 1):
             weighted_sum, values = self._pass(to_device(batch, self.device), normaliser, last=number == len(micro_batches))
             loss += float(weighted_sum.double()) / normaliser
             figures += figures_of(values)
+            by_quadrant += quadrant_masses(values)
         self._reduce_gradients()
         [loss] = self.world.total(loss)
         self.world.sum_(figures)
+        self.world.sum_(by_quadrant)
         grad_norm = self._grad_norm()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._drop_gradients()
@@ -55,7 +61,10 @@ class Stepper(ABC):
         self._update(lr)
         figures[-1] /= normaliser
         sums, counts, masses = (dict[str, float](zip(PARTS, row, strict=True)) for row in figures.tolist())
-        return StepValues(loss=loss, grad_norm=grad_norm, sums=sums, counts=counts, masses=masses)
+        return StepValues(
+            loss=loss, grad_norm=grad_norm, sums=sums, counts=counts, masses=masses,
+            quadrants=(by_quadrant / normaliser).tolist(),
+        )  # fmt: skip
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -103,11 +112,25 @@ def figures_of(values: TokenValues) -> Tensor:
         if value_N is None:
             continue
         value_N, weight_N = value_N.double(), getattr(values.weights, f"{part}_N").to(value_N.device)
-        borne_N, sign = weight_N != 0, -1.0 if part == "entropy" else 1.0
+        borne_N, sign = weight_N != 0, SIGNS.get(part, 1.0)
         rows[:, column] = torch.stack(
             [(value_N * borne_N).sum(), borne_N.sum().double(), sign * (value_N * weight_N).sum()]
         ).cpu()
     return rows
+
+
+def quadrant_masses(values: TokenValues) -> Tensor:
+    """What the tokens of each of QUADRANTS add to a micro-batch's loss, not divided yet."""
+    found = torch.zeros(len(QUADRANTS), dtype=torch.float64)
+    if values.quadrant_N is None:
+        return found
+    loss_N = torch.zeros_like(values.ce_N, dtype=torch.float64)
+    for part in PARTS:
+        value_N = getattr(values, f"{part}_N")
+        if value_N is not None:
+            loss_N += SIGNS.get(part, 1.0) * value_N.double() * getattr(values.weights, f"{part}_N").to(value_N.device)
+    places_N = values.quadrant_N.to(loss_N.device, torch.int64)
+    return loss_N.new_zeros(NONE + 1).scatter_add_(0, places_N, loss_N)[:NONE].cpu()
 
 
 def adamw(named: Sequence[tuple[nn.Parameter, Tensor]], config: Train) -> torch.optim.AdamW:

@@ -85,6 +85,8 @@ class Targets:
     teacher: SparseRows | DenseRows | None
     """None: no token has a weight on a divergence."""
     collision_N: Tensor | None = None
+    quadrant_N: Tensor | None = None
+    """Which of `distft.objectives.quadrants` each is of, for what is told of a step; None: not asked for."""
     temperature: float = 1.0
     """Of both sides of a divergence, in values as in gradients; other than 1 only against a dense teacher. Any factor that makes up
     for a temperature is part of the weights."""
@@ -97,7 +99,7 @@ class Targets:
         return Weights(**{f"{part}_N": getattr(self, f"{part}_N") for part in PARTS})
 
     def to(self, device: torch.device) -> Targets:
-        columns = {name: getattr(self, name) for name in ("labels_N", *(f"{part}_N" for part in PARTS))}
+        columns = {name: getattr(self, name) for name in ("labels_N", "quadrant_N", *(f"{part}_N" for part in PARTS))}
         moved = {name: column.to(device) for name, column in columns.items() if column is not None}
         return replace(self, **moved, teacher=self.teacher and self.teacher.to(device))
 
@@ -115,6 +117,8 @@ class TokenValues:
     top_entropy_N: Tensor | None = None
     weights: Weights | None = None
     """What each token was trained with; None where nothing was trained."""
+    quadrant_N: Tensor | None = None
+    """The targets' own."""
 
 
 def chunk_tokens(rows: int) -> int:
@@ -146,7 +150,7 @@ def token_loss(
     )  # pyright: ignore[reportGeneralTypeIssues]  (autograd functions are untyped)
     names = [f"{part}_N" for part in PARTS]
     values, decided = (dict(zip(names, half, strict=True)) for half in (told[: len(names)], told[len(names) :]))
-    return loss, TokenValues(**values, weights=Weights(**decided))
+    return loss, TokenValues(**values, weights=Weights(**decided), quadrant_N=targets.quadrant_N)
 
 
 def measure(

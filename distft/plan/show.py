@@ -136,7 +136,7 @@ def _begins(found: dict[str, Any]) -> str:
 
 def _quadrants(found: dict[str, Any], mine: dict[str, Any]) -> list[str]:
     lines = [
-        "", f"# by the teacher's entropy (sure: at most the median, {found['entropy_threshold']:.3g} nats) and q(y) "
+        "", f"# by the teacher's entropy (sure: at most {found['entropy_threshold']:.3g} nats) and q(y) "
         f"(likely: at least {found['probability_threshold']:g})",
         f"{'':<22} {'tokens':>9} {'CE':>9}   {mine['kind']}",
     ]  # fmt: skip

@@ -23,11 +23,12 @@ from distft import __version__
 from distft.config.schema import Run
 from distft.errors import ConfigError, StoreError
 from distft.objectives.catalog import Stm
+from distft.objectives.quadrants import LIKELY, QUADRANTS, UNSURE
 from distft.plan.show import TREATMENT_WORDS, percent, sample_text
 from distft.plan.tau_curve import tau_curve
 from distft.plan.token_documents import STEPS, Shown, chosen_documents, document_html
 from distft.plan.token_text import TokenTexts, coded
-from distft.plan.tokens import BOTH, HELD, LEARNED, LIKELY, QUADRANTS, TAUS, TREATMENTS, Applied, TokenPlan
+from distft.plan.tokens import BOTH, HELD, LEARNED, TAUS, TREATMENTS, Applied, TokenPlan
 from distft.store.location import Location
 from distft.store.model_folder import ModelFolder
 
@@ -110,7 +111,7 @@ def _objective(plan: TokenPlan, one: Applied, found: dict[str, Any]) -> dict[str
     shares = found["treatments"]
     told = [name for name in TREATMENTS if shares[name]["tokens"]]
     cells = [_cell(n, found["quadrants"][name], plan, one) for n, name in enumerate(QUADRANTS)]
-    bound = f"{plan.threshold:.3g} nats"
+    bound = f"{UNSURE:.3g} nats"
     return {
         "name": one.name, "configured": one.configured, "notes": found["notes"], "sentence": _sentence(plan, one, found),
         "key": [

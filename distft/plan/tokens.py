@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from distft.config.schema import NoDistribution, Run, Sample
 from distft.corpus.reader import Document
 from distft.objectives.catalog import Eaft, Eksft, Objective, Stm, Talr
+from distft.objectives.quadrants import LIKELY, QUADRANTS, UNSURE, quadrants
 from distft.objectives.treatment import ObjectiveRule, Signals, Treatment, follows, live_signals
 
 TREATMENTS = ("learned", "both", "held", "entropy", "masked", "live")
@@ -29,16 +30,12 @@ live: decided by the student, and not known yet."""
 LEARNED, BOTH, HELD, ENTROPY, MASKED, LIVE = range(6)
 
 TAUS = (1.5, 2.5, 10.0, 25.0, 1000.0)
-LIKELY = 0.5
 NEGLIGIBLE = 0.01
 """Of cross-entropy and divergence on one token, a weight below this share of the other's does not name the treatment: an anchor of
 `lwf` with c = 0.999 is learned."""
 
 MOST_DOCUMENTS, MOST_TOKENS, MOST_BYTES = 4_000, 600_000, 48 << 20
 """What is looked at, at most: a few seconds."""
-
-Quadrant = Literal["sure_likely", "sure_unlikely", "unsure_likely", "unsure_unlikely"]
-QUADRANTS: tuple[Quadrant, ...] = get_args(Quadrant)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,16 +110,9 @@ class TokenPlan:
         return np.cumsum([0, *(len(one.signals) for one in self.seen)], dtype=np.int64)
 
     @cached_property
-    def threshold(self) -> float:
-        """The median entropy: what is above it counts as high."""
-        return float(np.median(self.entropy)) if len(self.entropy) else 0.0
-
-    @cached_property
     def quadrant(self) -> npt.NDArray[np.int8]:
         """Each token's place in QUADRANTS."""
-        unsure = self.entropy > self.threshold
-        unlikely = self.label_logprob < math.log(LIKELY)
-        return (2 * unsure + unlikely).astype(np.int8)
+        return np.concatenate([np.zeros(0, np.int8), *(quadrants(one.signals) for one in self.seen)])
 
     def sweep(self, taus: Sequence[float] = TAUS) -> list[dict[str, float]]:
         """What `stm` would mask at each tau, by its own comparison: shares of tokens and of cross-entropy."""
@@ -157,13 +147,13 @@ class TokenPlan:
     def objective(self, one: Applied) -> dict[str, Any]:
         """One objective, as `--json` prints it. Mean weights are over the quadrant's tokens; `hold` is KL in both directions."""
         basis = "fixed" if one.rule.live == "no" else "step 0" if one.known else "unknown"
-        quadrants = {}
+        found = {}
         for n, name in enumerate(QUADRANTS):
             mine = self.quadrant == n
             weights = one.weights[:, mine]
             mean = weights.mean(axis=1, dtype=np.float64) if mine.any() and one.known else None
-            quadrants[name] = {
-                "treatments": {key: found["tokens"] for key, found in self.shares(one, mine).items()},
+            found[name] = {
+                "treatments": {key: share["tokens"] for key, share in self.shares(one, mine).items()},
                 "mean_ce_weight": None if mean is None else float(mean[0]),
                 "mean_hold_weight": None if mean is None else float(mean[1] + mean[2]),
             }
@@ -171,7 +161,7 @@ class TokenPlan:
             "kind": one.rule.model_dump()["kind"], "name": one.name, "settings": one.settings, "configured": one.configured,
             "basis": basis, "notes": notes(one, own_teacher=self.own_teacher), "treatments": self.shares(one),
             "mean_ce_weight": float(one.weights[0].mean(dtype=np.float64)) if one.known and len(self.ce) else None,
-            "loss_at_step_0": self.loss(one), "quadrants": quadrants,
+            "loss_at_step_0": self.loss(one), "quadrants": found,
         }  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
@@ -182,7 +172,7 @@ class TokenPlan:
             "supervised_tokens": len(self.ce), "mean_ce": float(self.ce.sum()) / count,
             "mean_entropy": float(self.entropy.sum(dtype=np.float64)) / count,
             "student_is_teacher": self.own_teacher,
-            "entropy_threshold": self.threshold, "probability_threshold": LIKELY,
+            "entropy_threshold": UNSURE, "probability_threshold": LIKELY,
             "quadrants": {
                 name: {"tokens": _share(self.quadrant == n), "ce": _share(self.quadrant == n, self.ce)}
                 for n, name in enumerate(QUADRANTS)

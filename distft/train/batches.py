@@ -16,6 +16,7 @@ from distft.engine.base import MicroBatch
 from distft.engine.pack import batches_by_tokens
 from distft.engine.world import World
 from distft.objectives.catalog import Objective
+from distft.objectives.quadrants import NONE, QUADRANTS, quadrants
 from distft.objectives.treatment import Floats, Signals, Treatment, follows, treatment
 from distft.teacher.cache import TeacherCache, signals, sparse_rows
 from distft.train.live import LiveTreatment
@@ -31,6 +32,8 @@ class Step:
     """The group of each token of each micro-batch; a prompt's are of none, which is the number after the last."""
     counts: list[float]
     """Its part of each group's normaliser."""
+    quadrants: list[int]
+    """How many of its tokens are of each of QUADRANTS, with and without a weight; none where no teacher was asked."""
     tokens: int
 
     def normalised(self, totals: Sequence[float], *, kl_factor: float = 1.0) -> tuple[list[MicroBatch], float]:
@@ -75,13 +78,15 @@ class Feed:
     def step(self, rows: npt.NDArray[np.int64]) -> Step:
         """This rank's share of the step with these documents."""
         batches = batches_by_tokens([int(self.lengths[row]) for row in rows], self.train.micro_batch_tokens)
-        counts = np.zeros(self.objective.groups + 1)
+        counts, kinds = np.zeros(self.objective.groups + 1), np.zeros(len(QUADRANTS) + 1, np.int64)
         made, groups, tokens = [], [], 0
         for batch in share(batches, self.world):
             documents = [self.corpus.document("train", int(rows[i])) for i in batch]
             treated = [self._treated(document) for document in documents]
             for one in treated:
                 np.add.at(counts, one.treatment.group, one.treatment.count.astype(np.float64))
+                if one.quadrant is not None:
+                    kinds += np.bincount(one.quadrant, minlength=len(kinds))
             done, group = micro_batch(
                 [one.reached() for one in treated] if self.objective.live == "no" else treated,
                 self.cache.rows if self.cache else sparse_rows,
@@ -91,7 +96,9 @@ class Feed:
             made.append(done)
             groups.append(group)
             tokens += sum(len(document) for document in documents)
-        return Step(micro_batches=made, groups=groups, counts=counts[:-1].tolist(), tokens=tokens)
+        return Step(
+            micro_batches=made, groups=groups, counts=counts[:-1].tolist(), quadrants=kinds[:NONE].tolist(), tokens=tokens
+        )  # fmt: skip
 
     def _treated(self, document: Document) -> Treated:
         """What is done with a document's tokens: first those of the answer, then, where it is held too, those of the prompt."""
@@ -111,14 +118,17 @@ class Feed:
         else:
             count, group = rule.counts(known)
             made = treatment(len(known), count=count, group=group)
+        kinds = quadrants(known) if own is not None else None
         if rule.prompt_kl == 0:
-            return Treated(document, answer, made, own, known)
+            return Treated(document, answer, made, own, known, kinds)
         assert own is not None, "a rule that holds the prompt needs the distribution"
         assert rest is not None
+        assert kinds is not None
         weight = rule.prompt_weight(float(made.count.sum()), len(rest))  # pyright: ignore[reportArgumentType]  (what it counts)
         held = treatment(len(rest), kl=weight, count=0.0, group=rule.groups)
         places = np.concatenate([answer, rest.positions.astype(np.int64)])
-        return Treated(document, places, _joined(made, held), own.followed_by(rest), known)
+        kinds = np.concatenate([kinds, np.full(len(rest), NONE, np.int8)])
+        return Treated(document, places, _joined(made, held), own.followed_by(rest), known, kinds)
 
 
 def _joined(one: Treatment, other: Treatment) -> Treatment:

@@ -79,7 +79,8 @@ class LiveTreatment:
         given = {f"{name}_N": getattr(weights, f"{name}_N") for name in PARTS}
         columns = {name: column[borne_N] for name, column in given.items() if column is not None}
         teacher = targets.teacher and targets.teacher.select(borne_N, held_N[borne_N])
-        return replace(targets, labels_N=targets.labels_N[borne_N], **columns, teacher=teacher), borne_N
+        quadrant_N = None if targets.quadrant_N is None else targets.quadrant_N[borne_N]
+        return replace(targets, labels_N=targets.labels_N[borne_N], **columns, teacher=teacher, quadrant_N=quadrant_N), borne_N
 
     def _weights(self, made: Sequence[Treatment], answers: npt.NDArray[np.bool_], fixed: Floats, device: torch.device) -> Weights:
         columns: dict[str, Tensor] = {}

@@ -53,7 +53,8 @@ def train(
             started, mine = time.monotonic(), coming.result()
             if step < plan.total_steps:
                 coming = reader.submit(feed.step, plan.documents(step + 1))  # reads while the model computes
-            *totals, tokens, stop, unsaved = world.total(*mine.counts, mine.tokens, stopping.requested(), checkpoints.failed)
+            found = world.total(*mine.counts, *mine.quadrants, mine.tokens, stopping.requested(), checkpoints.failed)
+            totals, kinds, (tokens, stop, unsaved) = found[: len(mine.counts)], found[len(mine.counts) : -3], found[-3:]
             if unsaved:
                 checkpoints.finish()  # which says why
             micro_batches, normaliser = mine.normalised(totals, kl_factor=budget.factor if budget else 1.0)
@@ -80,7 +81,8 @@ def train(
                     + (error.help or "Lower train.lr, or look at those rows."),
                 ) from error  # fmt: skip
             loss = values.loss
-            line = step_line(step, values, normaliser=normaliser, tokens=int(tokens), lr=lr, seconds=time.monotonic() - started)
+            seconds = time.monotonic() - started
+            line = step_line(step, values, normaliser=normaliser, tokens=int(tokens), kinds=kinds, lr=lr, seconds=seconds)
             last = step == plan.total_steps
             if drift and (last or _due(config.drift_every_steps, step)):
                 drifted = drift()

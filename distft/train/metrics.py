@@ -5,16 +5,23 @@
 bear the weight for each that it counts: above 1 where a held prompt is longer than its answer, and tokens per sequence where it counts
 sequences. `mass_*` is what the part adds to the loss, in nats, and all add up to it; an entropy's is below 0 where entropy is
 rewarded, and above where a negative weight punishes it. `collision`, which has no unit, is there only in steps where a token bears its
-weight. A resumed run drops the lines after its checkpoint and goes on.
+weight.
+
+Where the objective reads the teacher, `tokens_QUADRANT` says which share of a step's supervised tokens is of each of the four kinds of
+`distft.objectives.quadrants`, with and without a weight, and `mass_QUADRANT` what they add to the loss; a held prompt is of none.
+
+A resumed run drops the lines after its checkpoint and goes on.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from distft.engine.base import StepValues
+from distft.objectives.quadrants import QUADRANTS
 from distft.store.local import explained
 from distft.store.location import Location
 from distft.train.record import METRICS, read_metrics
@@ -44,7 +51,10 @@ class MetricsLog:
         self.folder.replace(METRICS, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
 
-def step_line(step: int, values: StepValues, *, normaliser: float, tokens: int, lr: float, seconds: float) -> dict[str, Any]:
+def step_line(
+    step: int, values: StepValues, *, normaliser: float, tokens: int, kinds: Sequence[float], lr: float, seconds: float
+) -> dict[str, Any]:
+    """`kinds`: how many of the step's tokens are of each of QUADRANTS; all 0 where no teacher was asked."""
     line: dict[str, Any] = {"step": step, "loss": values.loss}
     counts = {part: count for part, count in values.counts.items() if part != "collision" or count}
     for part, count in counts.items():
@@ -52,5 +62,8 @@ def step_line(step: int, values: StepValues, *, normaliser: float, tokens: int, 
     for part, count in counts.items():
         line[f"share_{part}"] = count / normaliser
     line |= {f"mass_{part}": values.masses[part] for part in counts}
+    if known := sum(kinds):
+        line |= {f"tokens_{name}": count / known for name, count in zip(QUADRANTS, kinds, strict=True)}
+        line |= {f"mass_{name}": mass for name, mass in zip(QUADRANTS, values.quadrants, strict=True)}
     line |= {"normaliser": normaliser, "tokens": tokens}
     return {**line, "lr": lr, "grad_norm": values.grad_norm, "tokens_per_second": tokens / max(seconds, 1e-9)}

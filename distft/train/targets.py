@@ -33,6 +33,8 @@ class Treated:
     scores: Scores | None = None
     signals: Signals | None = None
     """What is known of the first of these tokens, those of the answer."""
+    quadrant: npt.NDArray[np.int8] | None = None
+    """Which of `distft.objectives.quadrants` each token is of; None where no teacher was asked."""
 
     def reached(self) -> Treated:
         """Those of the tokens that have a weight. Without one on a divergence a token's distribution is taken away, too."""
@@ -41,7 +43,8 @@ class Treated:
         borne: Mask = held | (ce != 0) | (entropy != 0) | (collision != 0)
         kept = Treatment(**{name: getattr(self.treatment, name)[borne] for name in self.treatment.__slots__})
         scores = None if self.scores is None else _silence(self.scores.select(borne), held[borne])
-        return replace(self, places=self.places[borne], treatment=kept, scores=scores, signals=None)
+        quadrant = None if self.quadrant is None else self.quadrant[borne]
+        return replace(self, places=self.places[borne], treatment=kept, scores=scores, signals=None, quadrant=quadrant)
 
 
 def supervised(document: Document, treatment: Treatment, scores: Scores | None = None) -> Treated:
@@ -77,8 +80,10 @@ def micro_batch(
     teacher = teacher_rows(scores) if scores and bool(held_N.any()) else None
     if teacher is not None and not bool(held_N.all()):
         teacher = teacher.select(torch.arange(len(held_N)), held_N)
+    kinds = [one.quadrant for one in treated if one.quadrant is not None]
     targets = Targets(
         labels_N=torch.from_numpy(labels_N), **columns, teacher=teacher, temperature=temperature,
+        quadrant_N=torch.from_numpy(np.concatenate(kinds)) if kinds else None,
         live=live if live is not None and live.rule.live == "token" else None,
     )  # fmt: skip
     batch = MicroBatch(

@@ -78,9 +78,24 @@ class Whole:
 
 
 def step_of_the_paper(made: Lab, settings: dict[str, Any], student: ModelFolder, *, documents: list[Document]) -> Whole:
-    """In float64, one document at a time. The teacher is its own whole model where hidden states are kept, and what the cache says,
-    whose log-probabilities are float16, where those of all tokens are."""
-    rows, model = token_rows(student), loaded(student).whole.double()
+    """In float64, one document at a time."""
+    model = loaded(student).whole.double()
+    answers, prompts = dense(made, model, documents)
+    loss = _formula(settings, answers)
+    if settings.get("prompt_kl"):
+        alike = settings.get("variant") == "published_code"  # every sequence weighs the same
+        counts = [1 if alike else len(doc) - len(_masked(settings, doc) if settings["kind"] == "stm" else ()) for doc in answers]
+        held = [n * papers.mean([papers.forward_kl(p, t) for t in range(len(p))]) for n, p in zip(counts, prompts, strict=True)]
+        loss = loss + settings["prompt_kl"] * papers.total(held) / sum(counts)
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return Whole(float(loss.detach()), gradients)
+
+
+def dense(made: Lab, model: Any, documents: list[Document]) -> tuple[list[Doc], list[Doc]]:
+    """Answers and prompts with whole distributions of student and teacher. The teacher is its own whole model where hidden states are
+    kept, and what the cache says, whose log-probabilities are float16, where those of all tokens are."""
+    rows = token_rows(made.model)
     exact = made.run.score.distribution.kind == "hidden"
     teacher = loaded(made.model).whole.double() if exact else None
     answers, prompts = [], []
@@ -97,15 +112,7 @@ def step_of_the_paper(made: Lab, settings: dict[str, Any], student: ModelFolder,
         for found, places in ((answers, spoken), (prompts, rest)):
             labels = one.tokens[places].astype(int).tolist()
             found.append(Doc(said[places - 1], heard[places - 1], labels, [False] * len(places), one.digest, places.tolist()))
-    loss = _formula(settings, answers)
-    if settings.get("prompt_kl"):
-        alike = settings.get("variant") == "published_code"  # every sequence weighs the same
-        counts = [1 if alike else len(doc) - len(_masked(settings, doc) if settings["kind"] == "stm" else ()) for doc in answers]
-        held = [n * papers.mean([papers.forward_kl(p, t) for t in range(len(p))]) for n, p in zip(counts, prompts, strict=True)]
-        loss = loss + settings["prompt_kl"] * papers.total(held) / sum(counts)
-    loss.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return Whole(float(loss.detach()), gradients)
+    return answers, prompts
 
 
 def _formula(settings: dict[str, Any], docs: list[Doc]) -> Tensor:

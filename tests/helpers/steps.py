@@ -52,7 +52,8 @@ def take(lab: Lab, mine: Step, world: World) -> Taken:
     *totals, tokens = world.total(*mine.counts, mine.tokens)
     micro_batches, normaliser = mine.normalised(totals)
     values = engine.train_step(micro_batches, normaliser=normaliser, lr=1e-3)
-    line = step_line(1, values, normaliser=normaliser, tokens=int(tokens), lr=1e-3, seconds=1.0)
+    kinds = world.total(*mine.quadrants)
+    line = step_line(1, values, normaliser=normaliser, tokens=int(tokens), kinds=kinds, lr=1e-3, seconds=1.0)
     weighted = sum(len(batch.predictor_N) for batch in mine.micro_batches)
     return Taken(gradients, values, line, len(mine.micro_batches), weighted)
 

@@ -29,6 +29,7 @@ from tests.parity import (
     test_own_teacher,
     test_packing,
     test_papers,
+    test_quadrants,
     test_resume,
 )
 from tests.unit.objectives import test_against_papers, test_catalog, test_collision, test_dense_teacher, test_loss
@@ -384,6 +385,9 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
     "the loss mass of a part is not weighted": (
         Mutant("distft.engine.step:figures_of", "sign * (value_N * weight_N)", "sign * (value_N * borne_N)"),
         [guard(test_normaliser.test_one_by_eight_two_by_four_and_eight_by_one_are_the_same_step, objective="sft_kl")]),
+    "the loss mass of a kind of tokens is another kind's": (
+        Mutant(f"{LIVE_RULE}settle", "targets.quadrant_N[borne_N]", "targets.quadrant_N[: len(borne_N)]"),
+        [guard(test_quadrants.test_a_step_tells_what_it_spent_on_each_kind, objective="eksft, some without a weight")]),
     "a dense teacher's divergence is seen from the student": (
         Mutant(f"{WHOLE}_compare", "-_row_dots(teacher_BV.exp(), ratio_BV)", "_row_dots(soft_BV.exp(), ratio_BV)"),
         [guard(STEP, teacher=EXACT, case="sft_kl")]),
