@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from distft import __version__, cache_cli, ranks, stopping
-from distft.console import guarded, show_figures
+from distft import __version__, cache_cli, checkpoint_cli, stopping
+from distft.console import Config, Json, Overrides, guarded, refuse_ranks, run_verb
 from distft.errors import ConfigError
 from distft.progress import say
-
-if TYPE_CHECKING:
-    from distft.pipeline import Pipeline
 
 app = typer.Typer(
     name="distft", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -29,13 +25,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 app.add_typer(cache_cli.app, name="cache")
-
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file; configs/ holds complete ones.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Laid over the file, left to right.", show_default=False),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout at the end.")]
+app.add_typer(checkpoint_cli.app, name="checkpoint")
 
 
 def main() -> None:
@@ -74,49 +64,49 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Check everything and say what a run would do and cost; writes nothing to the store."""
-    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.plan(calibrate=calibrate, page=page), show=_show_plan)
+    run_verb(config, overrides, as_json, lambda pipeline: pipeline.plan(calibrate=calibrate, page=page), show=_show_plan)
 
 
 @app.command()
 def tokenize(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Data set to CORPUS: documents as token ids, with what is supervised."""
-    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.tokenize())
+    run_verb(config, overrides, as_json, lambda pipeline: pipeline.tokenize())
 
 
 @app.command()
 def score(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """CORPUS to TEACHER: the frozen model reads every document once."""
-    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.score())
+    run_verb(config, overrides, as_json, lambda pipeline: pipeline.score())
 
 
 @app.command()
 def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Train against the teacher cache; goes on from the last checkpoint."""
-    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.train(), by_ranks=True)
+    run_verb(config, overrides, as_json, lambda pipeline: pipeline.train(), by_ranks=True)
 
 
 @app.command()
 def export(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Checkpoint to MODEL: a folder that transformers loads."""
-    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.export())
+    run_verb(config, overrides, as_json, lambda pipeline: pipeline.export())
 
 
 @app.command()
 def evaluate(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Tasks before and after, and the drift between them."""
-    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.evaluate())
+    run_verb(config, overrides, as_json, lambda pipeline: pipeline.evaluate())
 
 
 @app.command()
 def report(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """One HTML page of what was trained, learned and lost."""
-    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.report())
+    run_verb(config, overrides, as_json, lambda pipeline: pipeline.report())
 
 
 @app.command()
 def run(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """All of the above, in order; does what is missing."""
-    _run_verb(config, overrides, as_json, lambda pipeline: pipeline.run_all())
+    run_verb(config, overrides, as_json, lambda pipeline: pipeline.run_all())
 
 
 @app.command()
@@ -127,7 +117,7 @@ def demo(
     """The whole pipeline on a real small model, on this machine."""
 
     def whole() -> dict[str, Any]:
-        _refuse_ranks()
+        refuse_ranks()
         if "=" in folder.name:
             raise ConfigError(
                 f"The demo takes a folder and no overrides; {folder} looks like one.", where="command line",
@@ -143,35 +133,6 @@ def demo(
         say(f"\n{comparison_table(result['comparison'])}\n\n{result['page']}")
 
     guarded(whole, as_json, show=show)
-
-
-def _run_verb(
-    config: Path, overrides: list[str] | None, as_json: bool, verb: Callable[[Pipeline], dict[str, Any]],
-    *, show: Callable[[dict[str, Any]], None] | None = None, by_ranks: bool = False,
-) -> None:  # fmt: skip
-    """`by_ranks`: a verb that a launched group of processes does together; others would do the same work side by side."""
-
-    def work() -> dict[str, Any]:
-        if not by_ranks:
-            _refuse_ranks()
-        from distft.config.check import check_run
-        from distft.config.load import load_config
-
-        loaded = load_config(config, overrides or [])
-        check_run(loaded, where=str(config))
-        from distft.pipeline import Pipeline
-
-        return verb(Pipeline(loaded))
-
-    guarded(work, as_json, show=show or show_figures)
-
-
-def _refuse_ranks() -> None:
-    if ranks.size() > 1:
-        raise ConfigError(
-            f"{ranks.size()} ranks were launched (WORLD_SIZE), and of all verbs `train` alone shares its work among ranks.",
-            where="environment", help="Run this verb once, without torchrun; or unset WORLD_SIZE.",
-        )  # fmt: skip
 
 
 def _show_plan(result: dict[str, Any]) -> None:

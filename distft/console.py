@@ -1,4 +1,5 @@
-"""How every verb ends: one readable message or one JSON object, and the documented exit status."""
+"""How every verb begins, with a run file and overrides, and ends: one readable message or one JSON object, and the documented exit
+status. What is heavy loads inside."""
 
 from __future__ import annotations
 
@@ -6,13 +7,53 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from distft import ranks
-from distft.errors import DistftError
+from distft.errors import ConfigError, DistftError
 from distft.progress import complain, say
+
+if TYPE_CHECKING:
+    from distft.pipeline import Pipeline
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file; configs/ holds complete ones.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Laid over the file, left to right.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout at the end.")]
+
+
+def run_verb(
+    config: Path, overrides: list[str] | None, as_json: bool, verb: Callable[[Pipeline], dict[str, Any]],
+    *, show: Callable[[dict[str, Any]], None] | None = None, by_ranks: bool = False,
+) -> None:  # fmt: skip
+    """`by_ranks`: a verb that a launched group of processes does together; others would do the same work side by side."""
+
+    def work() -> dict[str, Any]:
+        if not by_ranks:
+            refuse_ranks()
+        from distft.config.check import check_run
+        from distft.config.load import load_config
+
+        loaded = load_config(config, overrides or [])
+        check_run(loaded, where=str(config))
+        from distft.pipeline import Pipeline
+
+        return verb(Pipeline(loaded))
+
+    guarded(work, as_json, show=show or show_figures)
+
+
+def refuse_ranks() -> None:
+    if ranks.size() > 1:
+        raise ConfigError(
+            f"{ranks.size()} ranks were launched (WORLD_SIZE), and of all verbs `train` alone shares its work among ranks.",
+            where="environment", help="Run this verb once, without torchrun; or unset WORLD_SIZE.",
+        )  # fmt: skip
 
 
 def guarded(work: Callable[[], dict[str, Any]], as_json: bool, *, show: Callable[[dict[str, Any]], None]) -> None:

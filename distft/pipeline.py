@@ -16,11 +16,11 @@ from distft import ranks
 from distft.config.schema import Run
 from distft.corpus.build import build_corpus, corpus_identity
 from distft.corpus.reader import Corpus
-from distft.errors import ConfigError, MissingArtifactError, ModelError, StaleArtifactError, StoreError
+from distft.errors import ConfigError, CorruptArtifactError, MissingArtifactError, ModelError, StaleArtifactError, StoreError
 from distft.progress import say
 from distft.store.digest import memo_path
 from distft.store.location import Location, open_location
-from distft.store.manifest import Manifest
+from distft.store.manifest import Manifest, read_manifest
 from distft.store.model_folder import ModelFolder, resolve_model
 from distft.store.nearest import nearest
 from distft.store.vocabulary import compare_vocabularies
@@ -176,7 +176,7 @@ class Pipeline:
 
         self._cache(self.corpus())  # what is missing or wrong is told before anything starts
         self._writing_to(self.folder)
-        say("train: starting the ranks" if count is None else f"train: starting {count} ranks")
+        say(f"train: starting {count} ranks" if isinstance(count, int) else "train: starting the ranks")
         return train_on_ranks(
             partial(train_here, self.run), address=self.run.cluster.address, ranks=count, gpus=device_count(),
             restarts=self.run.train.restarts,
@@ -196,10 +196,25 @@ class Pipeline:
             return train_run(self.run, self.model, corpus, cache, self.store, world)
 
     def export(self) -> dict[str, Any]:
-        from distft.export import export_run
+        from distft.export.stage import export_run
 
         self._writing_to(self.folder)
-        return export_run(self.run, self.model, self.run_identity, self.store)
+        cache = self.teacher_id if self.run.needs_teacher else None
+        return export_run(self.run, self.model, self.run_identity, self.store, corpus=self._corpus_manifest(), cache=cache)
+
+    def export_universal(self, folder: Path, *, step: int | None = None) -> dict[str, Any]:
+        """A checkpoint in DeepSpeed's universal format."""
+        from distft.train.exchange import export_universal
+
+        return export_universal(self.run, self.run_identity, self.store, folder, step=step)
+
+    def import_universal(self, folder: Path, *, step: int | None = None) -> dict[str, Any]:
+        """A checkpoint in DeepSpeed's universal format as that of this run."""
+        from distft.train.exchange import import_universal
+
+        corpus = self.corpus()
+        self._writing_to(self.folder)
+        return import_universal(self.run, self.model, corpus, self.run_identity, self.store, folder, step=step)
 
     def evaluate(self) -> dict[str, Any]:
         from distft.engine.memory import enough_memory
@@ -233,6 +248,12 @@ class Pipeline:
                     "command does everything.")  # fmt: skip
                 break
         return results
+
+    def _corpus_manifest(self) -> Manifest | None:
+        """What is known of the corpus without opening it: whoever only tells of it can do without."""
+        with suppress(CorruptArtifactError):
+            return read_manifest(self.corpus_folder)
+        return None
 
     def _map_units(self) -> MapUnits:
         """Where units are scored: in this process where one scorer is to do it all on this machine, else by Ray actors."""

@@ -1,4 +1,5 @@
-"""Progress that a person can read: bars where stderr is a terminal, a plain line now and then where it is not.
+"""Progress that a person can read: bars where stderr is a terminal, with a panel of figures below that of training (`distft.panel`),
+and a plain line now and then where it is not.
 
 One call, `track`, serves every stage. Nothing here writes to stdout, which belongs to `--json`. A process whose stderr nobody reads (a
 rank that Ray started) speaks through a `Voice` that carries all of it to one that is heard.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -19,10 +20,15 @@ PLAIN_EVERY_SECONDS = 10.0
 WAITING_SECONDS = 2.0
 
 
+Figures = Mapping[str, float]
+
+
 class Meter(Protocol):
     """Counts work that is done."""
 
-    def advance(self, amount: float = 1.0, note: str = "") -> None: ...
+    def advance(self, amount: float = 1.0, note: str = "", figures: Figures | None = None) -> None:
+        """`figures` are for whoever can show more than a note: a training step's line of metrics."""
+        ...
 
 
 class Voice(Protocol):
@@ -102,7 +108,7 @@ class _PlainMeter:
         self.before, self.done, self.note = done, done, ""
         self.start = self.said = time.monotonic()
 
-    def advance(self, amount: float = 1.0, note: str = "") -> None:
+    def advance(self, amount: float = 1.0, note: str = "", figures: Figures | None = None) -> None:
         self.done += amount
         self.note = note or self.note
         if time.monotonic() - self.said >= PLAIN_EVERY_SECONDS:
@@ -126,9 +132,11 @@ class _PlainMeter:
 
 @contextmanager
 def _bar(label: str, total: float | None, unit: str, done: float) -> Iterator[Meter]:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
     from rich.text import Text
+
+    from distft.panel import Panel
 
     class Numbers(ProgressColumn):
         def render(self, task: Task) -> Text:
@@ -141,15 +149,28 @@ def _bar(label: str, total: float | None, unit: str, done: float) -> Iterator[Me
                 clock = f"{_clock((task.total - task.completed) / rate)} left"
             return Text(f"{task.completed:,.0f}{of_total} {unit}  {_rate(rate, unit)}  {clock}", style="cyan")
 
+    class Shown(Progress):
+        """The bar, and below it the panel of a run that has told figures."""
+
+        panel: Panel | None = None
+
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            if self.panel is not None:
+                yield self.panel
+
     columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description:<22}"), BarColumn(bar_width=24), Numbers(),
                TextColumn("{task.fields[note]}", style="dim"))  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
+    with Shown(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
         task_id = progress.add_task(label, total=total, completed=int(done), note="")
 
         class Bar:
-            def advance(self, amount: float = 1.0, note: str = "") -> None:
+            def advance(self, amount: float = 1.0, note: str = "", figures: Figures | None = None) -> None:
                 progress.advance(task_id, amount)
-                if note:
+                if figures is not None:
+                    progress.panel = progress.panel or Panel(label)
+                    progress.panel.take(figures)
+                elif note:  # the panel says more
                     progress.update(task_id, note=note)
 
         yield Bar()

@@ -18,6 +18,7 @@ With arguments: pytest alone, with those arguments; paths are seen from the chec
     ./launch/test.sh -m peers      objectives against other projects' published losses (README says what to install)
 
 The first run makes .venv and installs the locked set for this machine, with or without a GPU; later runs reuse it.
+DISTFT_TEST_PROCESSES is how many processes share the tests of every change: 2, or 0 for none but the one; each takes up to 4 GB.
 PYTHON chooses the interpreter (3.11 to 3.13); DISTFT_DEVICE=cpu or gpu overrides what nvidia-smi says; PIP_FIND_LINKS
 and PIP_EXTRA_INDEX_URL are pip's own.
 TEXT
@@ -56,6 +57,8 @@ fi
 
 if (($# == 0)); then
     lint
-    set -- --durations=12 --maxfail=8 # eight: something is wrong with the machine or with everything: say so while someone still waits
+    # A file at a time by each of two processes. Eight failures: something is wrong with the machine or with everything; say so while
+    # someone still waits.
+    set -- --numprocesses="${DISTFT_TEST_PROCESSES:-2}" --dist=loadfile --durations=12 --maxfail=8
 fi
 exec python -m pytest "$@"

@@ -17,8 +17,10 @@ from itertools import count
 from typing import Any
 
 from distft.errors import DistftError
-from distft.progress import Meter
+from distft.progress import Figures, Meter
 
+START_SECONDS = 20
+"""In a group whose size may change: how long room that was there is waited for, before it is counted again."""
 ADVANCE_SECONDS = 0.2
 """Steps of a progress bar are told no more often."""
 
@@ -28,7 +30,11 @@ class Group:
     """What is to be done, by how many, and what each needs around it."""
 
     work: Callable[[], dict[str, Any]]
-    ranks: int
+    least: int
+    most: int
+    """With how few and how many ranks; they change while the group lasts where these differ."""
+    looks: float
+    """Seconds between two looks at whether there is room for more."""
     gpu: bool
     threads: int
     restarts: int
@@ -74,6 +80,8 @@ class Advanced:
     meter: int
     amount: float
     note: str
+    figures: Figures | None = None
+    """The last that were told of some steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,11 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
+class Resized:
+    """All ranks have kept what they had and wait for their end: another number of them starts."""
+
+
+@dataclass(frozen=True, slots=True)
 class Idle:
     """A rank that was told to stop had not begun to train."""
 
@@ -123,13 +136,16 @@ class Desk:
         self.told: list[Any] = []
         self.over = False
         self.ranks: dict[int, Rank] = {}
-        self.news, self.stopping = asyncio.Event(), asyncio.Event()
+        self.done: set[Rank] = set()
+        self.news, self.stopping, self.halting = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def run(self, group: Group, desk: Any) -> str:
         """Until all ranks are done: "", or why Ray gave the group up. `desk` is this actor as others see it."""
         # Read by Ray Train where it is called. Its own notes on time spent go nowhere, so none are taken.
         os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        if group.least < group.most:  # when a machine is lost, Ray counts on it for a while: fewer ranks should not wait for it
+            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
         from distft.cluster.rank import fit
 
         return await asyncio.to_thread(fit, group, desk)
@@ -160,11 +176,35 @@ class Desk:
         return told
 
     async def stop(self) -> None:
+        """For good: the driver wants it."""
         self.stopping.set()
+        self.halting.set()
+
+    async def pause(self) -> None:
+        """Has the ranks that there are stop, for others to go on."""
+        self.halting.set()
+
+    async def halt_asked(self) -> None:
+        """Returns when the ranks are to stop, for whichever reason."""
+        await self.halting.wait()
 
     async def stop_asked(self) -> None:
         """Returns when the driver wants the ranks to stop."""
         await self.stopping.wait()
+
+    async def leave(self, rank: Rank) -> None:
+        """The rank has nothing more to do: it has kept what it had where it was to stop, or training is over."""
+        self.done.add(rank)
+
+    async def left(self) -> int:
+        """How many of the ranks that there are have nothing more to do."""
+        return len(self.done)
+
+    async def start_over(self) -> None:
+        """Others than the ranks that there are, or were, are about to start: what those were asked is none of their business."""
+        self.done.clear()
+        if not self.stopping.is_set():
+            self.halting = asyncio.Event()
 
 
 class Line:
@@ -202,13 +242,16 @@ class _ToldMeter:
     def __init__(self, line: Line, number: int) -> None:
         self.line, self.number = line, number
         self.amount, self.note = 0.0, ""
+        self.figures: Figures | None = None
         self.last = time.monotonic()
         self.lock = threading.Lock()
 
-    def advance(self, amount: float = 1.0, note: str = "") -> None:
+    def advance(self, amount: float = 1.0, note: str = "", figures: Figures | None = None) -> None:
         with self.lock:
             self.amount += amount
             self.note = note or self.note
+            if figures is not None:
+                self.figures = figures
             due = time.monotonic() - self.last >= ADVANCE_SECONDS
         if due:
             self.flush()
@@ -218,4 +261,4 @@ class _ToldMeter:
             self.last = time.monotonic()
             amount, self.amount = self.amount, 0.0
             if amount:
-                self.line.tell(Advanced(self.number, amount, self.note))
+                self.line.tell(Advanced(self.number, amount, self.note, self.figures))

@@ -25,6 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from distft import progress, stopping
 from distft.cluster.desk import Ended, Failed, Finished, Group, Idle, Line, Rank, Stopped
+from distft.cluster.elastic import AsManyAsFit
 from distft.errors import DistftError, LostRankError, TrainingError
 
 ECHO_SECONDS = 8.0
@@ -36,18 +37,22 @@ HANDOVER_SECONDS = 60.0
 def fit(group: Group, desk: Any) -> str:
     """Runs the group to its end: "", or why Ray gave it up."""
     resources = {"CPU": 1.0, **({"GPU": 1.0} if group.gpu else {})}
+    elastic = group.least < group.most
     trainer = _Trainer(
         run_rank,
         train_loop_config={"group": group, "desk": desk},
         torch_config=OwnGroup(),
         scaling_config=ScalingConfig(
-            num_workers=group.ranks, use_gpu=group.gpu, resources_per_worker=resources, placement_strategy="PACK"
+            num_workers=(group.least, group.most) if elastic else group.most, use_gpu=group.gpu, resources_per_worker=resources,
+            placement_strategy="PACK", elastic_resize_monitor_interval_s=group.looks,
         ),
         run_config=RunConfig(
             name="group", storage_path=group.scratch, failure_config=FailureConfig(max_failures=group.restarts),
             callbacks=[Witness(desk)], worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(group.threads)}},
         ),
     )  # fmt: skip
+    if elastic:
+        trainer.policy = AsManyAsFit(trainer.scaling_config, desk, resources)
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
@@ -57,7 +62,16 @@ def fit(group: Group, desk: Any) -> str:
 
 class _Trainer(TorchTrainer):
     """Without helpers that have nothing to do here, each a process of its own: one hands out data sets; one outlives the group to
-    give back its places, for which it needs Ray's dashboard, and else never ends."""
+    give back its places, for which it needs Ray's dashboard, and else never ends. And with our own judgement of how many ranks there
+    are, where that may change."""
+
+    policy: AsManyAsFit | None = None
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        # The one place to give it another policy: the trainer makes Ray's own from the settings, and takes none.
+        if self.policy is not None:
+            given["scaling_policy"] = self.policy
+        return super()._initialize_and_run_controller(**given)
 
     def _create_default_callbacks(self) -> list[Any]:
         idle = ("DatasetsCallback", "PlacementGroupCleanerCallback")
@@ -139,6 +153,8 @@ def run_rank(config: dict[str, Any]) -> None:
         line.tell_surely(Failed(me, error, final=error.exit_status != 1 or isinstance(error, TrainingError)))
         raise RankFailure(str(error)) from None
     except KeyboardInterrupt as error:
+        line.ask(line.desk.leave, me)
+        line.ask(line.desk.stop_asked)  # it was another number of ranks that was wanted: Ray ends this one while it waits
         line.tell_surely(Stopped(str(error)))
     except Exception as error:
         line.tell_surely(Failed(me, f"{type(error).__name__}: {error}", trace=traceback.format_exc()))
@@ -148,12 +164,13 @@ def run_rank(config: dict[str, Any]) -> None:
     else:
         if me.rank == 0:
             line.tell_surely(Finished(result))
+        line.ask(line.desk.leave, me)
 
 
 def _obey(line: Line) -> None:
     """Hands on the driver's wish to stop. Without a desk there is no driver, and nothing to work for."""
     try:
-        line.ask(line.desk.stop_asked)
+        line.ask(line.desk.halt_asked)
     except RayError:
         os._exit(1)
     stopping.tell()

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from distft import progress, stopping
-from distft.cluster.desk import Advanced, Closed, Desk, Ended, Failed, Finished, Group, Idle, Opened, Rank, Said, Stopped
+from distft.cluster.desk import Advanced, Closed, Desk, Ended, Failed, Finished, Group, Idle, Opened, Rank, Resized, Said, Stopped
 from distft.cluster.pool import QUIET_SECONDS, short
 from distft.cluster.session import ray_session
 from distft.errors import DistftError, LostRankError
@@ -22,23 +22,26 @@ from distft.progress import say
 from distft.stopping import Interrupted
 
 HEAR_SECONDS = 0.5
+LOOK_SECONDS = 30.0
+"""Between two looks at whether there is room for more ranks."""
 CARRIED = (
     "AWS_", "DISTFT_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH_", "PYTORCH_", "NCCL_", "GLOO_", "DS_",
-    "DEEPSPEED_", "SSL_CERT_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+    "DEEPSPEED_", "WANDB_", "MLFLOW_", "SSL_CERT_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
 )  # fmt: skip
 """What of the environment changes what ranks do. A cluster's own processes have an environment of their own."""
 
 
 def train_on_ranks(
-    work: Callable[[], dict[str, Any]], *, address: str, ranks: int | None, gpus: int, restarts: int
+    work: Callable[[], dict[str, Any]], *, address: str, ranks: int | tuple[int, int] | None, gpus: int, restarts: int
 ) -> dict[str, Any]:
     """Calls `work`, which is picklable, on so many ranks of an embedded Ray with `gpus` GPUs (`local`) or of the cluster at an
     address, and returns what it returns on the leading one. `ranks` None is one per GPU of that cluster, or this process where it
-    has none.
+    has none; two numbers are how few and how many, and there are as many as there is room for.
 
     Each finds its place in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and opens the process group itself. When one
-    dies or fails, all are started again, `restarts` times: `work` must go on from what it has committed."""
-    with ray_session(address, cpus=ranks or 1, gpus=gpus) as ray:
+    dies or fails, all are started again, `restarts` times: `work` must go on from what it has committed. So they are when there is
+    room for more, once `work` has raised Interrupted because `stopping.requested()`; that is no failure."""
+    with ray_session(address, cpus=ranks[1] if isinstance(ranks, tuple) else ranks or 1, gpus=gpus) as ray:
         found = int(ray.cluster_resources().get("GPU", 0))
         if not found and address != "local":
             say("the cluster has no GPU: " + ("its CPUs train" if ranks else "this process trains, alone"))
@@ -48,9 +51,12 @@ def train_on_ranks(
 
 
 class _Run:
-    def __init__(self, ray: Any, ranks: int, *, gpus: int, restarts: int) -> None:
-        self.ray, self.count, self.gpus, self.restarts = ray, ranks, gpus, restarts
+    def __init__(self, ray: Any, ranks: int | tuple[int, int], *, gpus: int, restarts: int) -> None:
+        self.ray, self.gpus, self.restarts = ray, gpus, restarts
+        self.least, self.most = (ranks, ranks) if isinstance(ranks, int) else ranks
         self.ranks: dict[int, Rank] = {}
+        self.runs = False
+        """Whether ranks have started that are not known to have ended."""
         self.causes: list[Failed] = []
         """What ranks of this start have raised."""
         self.deaths: dict[int, str] = {}
@@ -68,7 +74,8 @@ class _Run:
         beside = NodeAffinitySchedulingStrategy(here, soft=False)
         desk = self.ray.remote(num_cpus=0, max_restarts=0)(Desk).options(scheduling_strategy=beside).remote()
         group = Group(
-            work=work, ranks=self.count, gpu=self.gpus > 0, threads=self._threads(), restarts=self.restarts, folder=os.getcwd(),
+            work=work, least=self.least, most=self.most, looks=LOOK_SECONDS, gpu=self.gpus > 0, threads=self._threads(),
+            restarts=self.restarts, folder=os.getcwd(),
             environment={key: value for key, value in os.environ.items() if key.startswith(CARRIED)}, scratch=scratch,
             loopback=self.ray.util.get_node_ip_address() == "127.0.0.1",
         )  # fmt: skip
@@ -108,13 +115,14 @@ class _Run:
                 self._take(event)
             if done:
                 return self._end(self.ray.get(running))
-            if stopping.requested() and not asked:
-                asked = True
-                self.ray.get(desk.stop.remote())
-                if not self.ranks:
-                    raise Interrupted("Stopped before training began.")
-            quiet += 0.0 if heard else HEAR_SECONDS
-            if not self.ranks and quiet >= QUIET_SECONDS:
+            if stopping.requested():
+                if not asked:
+                    asked = True
+                    self.ray.get(desk.stop.remote())
+                if not self.runs:
+                    raise self._stopped_between()
+            quiet = 0.0 if self.runs else quiet + (0.0 if heard else HEAR_SECONDS)
+            if not self.runs and quiet >= QUIET_SECONDS:
                 quiet = float("-inf")
                 self._say_what_is_awaited()
 
@@ -125,20 +133,24 @@ class _Run:
             case Opened(number, label, total, unit, done):
                 shown = progress.track(label, total, unit, done=done)
                 self.meters[number] = shown, shown.__enter__()
-            case Advanced(number, amount, note) if number in self.meters:
-                self.meters[number][1].advance(amount, note)
+            case Advanced(number, amount, note, figures) if number in self.meters:
+                self.meters[number][1].advance(amount, note, figures)
             case Closed(number) if number in self.meters:
                 self.meters.pop(number)[0].__exit__(None, None, None)
             case Rank():
                 if event.rank in self.ranks and self.ranks[event.rank] != event and event.rank == 0:
                     self._hush()
                 self.ranks[event.rank] = event
+                self.runs = True
             case Failed():
                 self.causes.append(event)
             case Ended(deaths):
                 self._lose(deaths)
+            case Resized():
+                self._hush()
+                self.causes, self.runs = [], False
             case Idle():
-                raise Interrupted("Stopped before training began.")
+                raise self._stopped_between()
             case Stopped(text):
                 self.stopped = text
             case Finished(result):
@@ -154,7 +166,11 @@ class _Run:
         if self.starts_over <= self.restarts:
             say(f"{self._why()}. All ranks start again and go on from the last checkpoint (restart {self.starts_over} of "
                 f"{self.restarts}).")  # fmt: skip
-            self.causes, self.deaths = [], {}
+            self.causes, self.deaths, self.runs = [], {}, False
+
+    def _stopped_between(self) -> Interrupted:
+        """While no rank trains, there is nothing to keep."""
+        return Interrupted("Stopped while the ranks were to start again." if self.ranks else "Stopped before training began.")
 
     def _end(self, given_up: str) -> dict[str, Any]:
         final = self._final()
@@ -208,7 +224,8 @@ class _Run:
     def _say_what_is_awaited(self) -> None:
         free = {key: value for key, value in self.ray.available_resources().items() if key in ("CPU", "GPU")}
         each = "a CPU" + (" and a GPU" if self.gpus else "")
-        say(f"waiting for the cluster to start {self.count} ranks with {each} each; free are {free.get('CPU', 0):g} CPUs and "
+        wanted = f"{self.most}" if self.least == self.most else f"{self.least} to {self.most}"
+        say(f"waiting for the cluster to start {wanted} ranks with {each} each; free are {free.get('CPU', 0):g} CPUs and "
             f"{free.get('GPU', 0):g} GPUs")  # fmt: skip
 
 

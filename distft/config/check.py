@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os.path
+from importlib.util import find_spec
 
 from distft.config.schema import Hidden, NoDistribution, Run, Sample, Source
 from distft.errors import ConfigError
@@ -131,12 +132,45 @@ def _score(run: Run) -> list[str]:
 
 def _train(run: Run) -> list[str]:
     asked = [key for key, given in run.train.zero3 if given]
-    return [
+    return [*_log(run), *_sequence(run)] + [
         f"train.zero3.{key} moves what the engine zero3 holds, and train.engine=local holds all on the device: set "
         "train.engine=zero3, or it to false"
         for key in asked
         if run.train.engine == "local"
     ]
+
+
+def _sequence(run: Run) -> list[str]:
+    """A range of ranks may come to any number within it; `auto` is known when they are launched."""
+    shared, workers = run.train.sequence_parallel, run.train.workers
+    if shared == 1 or workers == "auto":
+        return []
+    if isinstance(workers, tuple):
+        return [
+            f"train.workers={list(workers)} lets the number of ranks change, and train.sequence_parallel={shared} needs a multiple of "
+            f"{shared}: give one number"
+        ]
+    if workers % shared:
+        return [
+            f"train.sequence_parallel={shared} has as many ranks share each row, and train.workers={workers} is no multiple of it"
+        ]
+    return []
+
+
+def _log(run: Run) -> list[str]:
+    """Services that are asked for, and whose package is not here. Nothing is imported: a plan must stay quick."""
+    asked = (("wandb", "wandb", run.train.log.wandb), ("mlflow", "mlflow-skinny", run.train.log.mlflow))
+    return [
+        f"train.log.{key} asks for a service whose package is not installed: pip install {package}, or set it to null"
+        for key, package, given in asked
+        if given is not None and not _installed(key)
+    ]
+
+
+def _installed(package: str) -> bool:
+    """A folder of that name where the command runs (wandb makes one) is no package."""
+    found = find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def _rows_of(source: Source) -> tuple[str | None, ...]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from distft.config.section import Section
 from distft.objectives.catalog import Objective, Sft
@@ -17,6 +18,18 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Dtype = Literal["float32", "bfloat16"]
 Auto = Literal["auto"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{12,32}$")]
+
+
+def _ranks(given: object) -> int | Auto | tuple[int, int]:
+    """By hand, for one sentence instead of one about each of the ways to say it. A range of one number is that number."""
+    if given == "auto":
+        return "auto"
+    few, most = given if isinstance(given, list | tuple) and len(given) == 2 else (given, given)
+    if type(few) is not int or type(most) is not int or not 1 <= few <= most:
+        shown = f"{list(given)}: " if isinstance(given, list | tuple) else ""
+        wanted = "should be a number from 1, auto, or [min, max] with 1 <= min <= max"
+        raise PydanticCustomError("ranks", "{told}", {"told": shown + wanted})
+    return few if few == most else (few, most)
 
 
 class Model(Section):
@@ -164,6 +177,37 @@ class Zero3(Section):
     """The weights of the passes, each gathered when it is needed."""
 
 
+class Wandb(Section):
+    """Where Weights & Biases shows the run. The key comes from the environment (WANDB_API_KEY), and so does all else that its package
+    reads there."""
+
+    project: Annotated[str, Field(min_length=1)]
+    name: str | None = None
+    """null: the run's own."""
+    entity: str | None = None
+    """null: the account's default."""
+
+
+class Mlflow(Section):
+    """Where MLflow shows the run. Credentials come from the environment (MLFLOW_TRACKING_USERNAME and so on)."""
+
+    experiment: Annotated[str, Field(min_length=1)]
+    tracking_uri: Annotated[str, Field(min_length=1, pattern=r"^([^:]+|[A-Za-z0-9+.-]+:(//[^/@]*(/.*)?|/[^/].*|[^/@]*))$")]
+    """A server or a database, as its package writes it: https://host, sqlite:///path. Without a password, which would be kept in the
+    store."""
+
+
+class Log(Section):
+    """Who gets to see a step's line of `metrics.jsonl`, besides that file. Changes no number."""
+
+    tensorboard: bool = True
+    """Event files in the run's folder, below `tensorboard/`."""
+    wandb: Wandb | None = None
+    """Needs the package `wandb`."""
+    mlflow: Mlflow | None = None
+    """Needs the package `mlflow-skinny`, or `mlflow`."""
+
+
 class Train(Section):
     """The optimisation. What a step consumes follows from (seed, epoch) alone, never from the hardware."""
 
@@ -173,7 +217,8 @@ class Train(Section):
     tokens_per_step: Annotated[int, Field(ge=2)] = 65_536
     """Documents are added to a step while their tokens fit; a document longer than this has a step of its own."""
     micro_batch_tokens: Annotated[int, Field(ge=2)] = 8_192
-    """Tokens in one forward and backward pass; changes speed and memory, not the step."""
+    """Tokens in one forward and backward pass, of which each rank has its part where `sequence_parallel` ranks share it; changes speed
+    and memory, not the step."""
     lr: Annotated[float, Field(gt=0, le=1)] = 1e-5
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 20
@@ -196,12 +241,28 @@ class Train(Section):
     """local: plain torch, every rank holds the whole model. zero3: DeepSpeed, each rank holds its share of weights, gradients and
     optimizer. auto: zero3 where there are several ranks or a GPU. Changes no number beyond rounding."""
     zero3: Zero3 = Zero3()
-    workers: Annotated[int, Field(gt=0)] | Auto = "auto"
+    workers: Annotated[int | Auto | tuple[int, int], BeforeValidator(_ranks)] = "auto"
     """Ranks, each with a GPU or, without any, a core of its own; more than one are started by Ray. auto: one per GPU of this machine
-    or of the cluster at `cluster.address`, or one in this process. Under torchrun, which starts them itself: auto, or as many."""
+    or of the cluster at `cluster.address`, or one in this process. [min, max]: as many as there is room for, and fewer or more when
+    machines go or come. Under torchrun, which starts them itself: auto, or as many, or a range that they are in."""
+    sequence_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
+    """So many ranks share every row of tokens, each with its run of columns, and exchange heads for columns around attention: for
+    documents whose activations do not fit on one. Must divide the number of ranks and the model's attention heads. Changes no number
+    beyond rounding."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """How often ranks that Ray started are started again when one of them dies; training goes on from the last checkpoint."""
     checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @property
+    def least_ranks(self) -> int:
+        """With how few ranks it may train, each of which then holds the most; 1 where `workers` is auto."""
+        return 1 if self.workers == "auto" else self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def most_ranks(self) -> int | None:
+        """With how many; None where `workers` is auto, which names no number."""
+        return None if self.workers == "auto" else self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
 
 class ExactJudge(Section):

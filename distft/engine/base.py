@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from distft.engine.clock import Spent
 from distft.objectives.loss import Targets, TokenValues
 from distft.objectives.treatment import LiveField
 
@@ -45,13 +46,18 @@ class Selection(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """One forward and backward pass. `predictor_N[n]` is the place in the flattened rows whose hidden state predicts label
-    n: the place before the label's own (law 1)."""
+    n: the place before the label's own (law 1).
+
+    Where a team of ranks shares the rows (`World.team`), all of it have the same rows, whole, each the targets whose predictors lie in
+    its columns, and `predictor_N` counts these columns alone. Every rank of a team has as many micro-batches as the others."""
 
     packed: PackedTokens
     predictor_N: Tensor
     targets: Targets
     selection: Selection | None = None
     """Makes the targets that are trained towards from those above, whose weights do not count then."""
+    documents: tuple[str, ...] = ()
+    """What its documents are called, for whoever has to look at them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +73,10 @@ class StepValues:
     """In nats, weighted and divided by the normaliser, an entropy's with its sign; they add up to the loss."""
     quadrants: list[float]
     """What the tokens of each of `QUADRANTS` add to the loss; 0 where no teacher was asked."""
+    spent: Spent = field(default_factory=Spent, compare=False)
+    """Of this rank."""
+    memory: int = field(default=0, compare=False)
+    """Bytes (`peak_bytes`) of the rank that needed most."""
 
 
 class Wanted(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from distft.engine.world import World
 from distft.errors import ModelError
 from distft.objectives.distributions import LogitShape
 from distft.store.model_folder import ModelFolder
+
+if TYPE_CHECKING:
+    from distft.engine.sequence import SharedRows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -28,6 +31,8 @@ class LanguageModel:
     shape: LogitShape
     first_id: int = 0
     """The id of this rank's first head row; not 0 where ranks share the head."""
+    rows: SharedRows | None = None
+    """How ranks share the rows of a batch; None: each has rows of its own."""
 
     @property
     def weight(self) -> Tensor:
@@ -43,10 +48,12 @@ class LanguageModel:
         return self.head.weight.device
 
     def hidden(self, packed: PackedTokens) -> Tensor:
-        """Last hidden states [R*L, D]; each document sees itself alone.
+        """Last hidden states [R*L, D], or of the columns of L that this rank has; each document sees itself alone.
 
         use_cache=False is not for speed: with a cache, transformers lets attention cross documents of a packed row, silently
         (tests/parity/test_packing.py)."""
+        if self.rows is not None:
+            return self.rows.hidden(packed)
         tokens, positions = packed.tokens_RL, packed.positions_RL
         if self.whole.config.get_text_config()._attn_implementation.startswith("flash"):
             # Variable-length attention looks for documents in a single row only; end to end the rows mean the same.

@@ -15,6 +15,7 @@ from distft.config.schema import Train
 from distft.engine.base import MicroBatch, Slice, Wanted, share
 from distft.engine.head import TrainedModel, measure_batch
 from distft.engine.load import LanguageModel
+from distft.engine.sequence import share_rows
 from distft.engine.slices import MOMENTS, Taken, cut
 from distft.engine.step import Stepper, adamw, to_device
 from distft.engine.world import World
@@ -26,7 +27,7 @@ class LocalEngine(Stepper):
 
     def __init__(self, model: LanguageModel, config: Train, world: World) -> None:
         super().__init__(config, world, model.head.weight.device)
-        self.model = model
+        self.model = model = share_rows(model, world.team)
         if config.gradient_checkpointing:
             model.whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.trained = TrainedModel(model)
@@ -85,8 +86,10 @@ class LocalEngine(Stepper):
 
     def _pass(self, batch: MicroBatch, normaliser: float, *, last: bool) -> tuple[Tensor, TokenValues]:
         weighted_sum, values = self.trained(batch)
+        self.clock.lap("forward")
         (weighted_sum / normaliser).backward()
         self._gather_gradients()
+        self.clock.lap("backward")
         return weighted_sum.detach(), values
 
     def _gather_gradients(self) -> None:

@@ -23,6 +23,17 @@ class Layout:
     width: int
     starts: tuple[int, ...]
     """Place of document i's first token, for the documents in the order they were given."""
+    ranks: int = 1
+    """How many share each row: the first has its first `width / ranks` columns, and so on."""
+
+    def owners(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Which rank has each of these places of the flattened rows."""
+        return places % self.width // (self.width // self.ranks)
+
+    def own(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where its rank has it, among its own columns of the flattened rows."""
+        columns = self.width // self.ranks
+        return places // self.width * columns + places % columns
 
 
 def batches_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -38,10 +49,10 @@ def batches_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def lay_out(lengths: Sequence[int]) -> Layout:
+def lay_out(lengths: Sequence[int], *, ranks: int = 1) -> Layout:
     """Best-fit decreasing into rows as wide as the longest document: no more attention than padding would cost, and hardly any
-    padding."""
-    width = max(lengths)
+    padding. Rows that `ranks` share are up to ranks - 1 columns wider, so that each has as many."""
+    width = -(-max(lengths) // ranks) * ranks
     starts, free = [0] * len(lengths), []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[index]
@@ -53,7 +64,7 @@ def lay_out(lengths: Sequence[int]) -> Layout:
             row = len(free) - 1
         starts[index] = row * width + width - free[row]
         free[row] -= length
-    return Layout(rows=len(free), width=width, starts=tuple(starts))
+    return Layout(rows=len(free), width=width, starts=tuple(starts), ranks=ranks)
 
 
 def pack(documents: Sequence[npt.NDArray[np.uint32]], layout: Layout) -> PackedTokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from distft.config.schema import Train
 from distft.engine.base import MicroBatch, StepValues
+from distft.engine.clock import StepClock
+from distft.engine.memory import forget_peak, peak_bytes
 from distft.engine.world import World
 from distft.errors import TrainingError
 from distft.objectives.loss import PARTS, TokenValues
@@ -22,6 +25,8 @@ from distft.objectives.quadrants import NONE, QUADRANTS
 FIGURES = ("sums", "counts", "masses")
 SIGNS = {"entropy": -1.0}
 """Of what a part adds to the loss, where it is not added."""
+MOST_NAMED = 8
+"""Documents that an error names."""
 
 
 class Stepper(ABC):
@@ -31,23 +36,34 @@ class Stepper(ABC):
 
     def __init__(self, config: Train, world: World, device: torch.device) -> None:
         self.clip, self.world, self.device = config.clip, world, device
+        self.clock = StepClock(device)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], *, normaliser: float, lr: float) -> StepValues:
-        loss, figures = 0.0, torch.zeros(len(FIGURES), len(PARTS), dtype=torch.float64)
-        by_quadrant = torch.zeros(len(QUADRANTS), dtype=torch.float64)
+        forget_peak(self.device)
+        self.clock.start()
+        sums: list[Tensor] = []  # on the device, and read when all passes are queued
+        figures = torch.zeros(len(FIGURES), len(PARTS), dtype=torch.float64, device=self.device)
+        by_quadrant = torch.zeros(len(QUADRANTS), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(micro_batches, 1):
             weighted_sum, values = self._pass(to_device(batch, self.device), normaliser, last=number == len(micro_batches))
-            loss += float(weighted_sum.double()) / normaliser
+            sums.append(weighted_sum.double())
             figures += figures_of(values)
             by_quadrant += quadrant_masses(values)
         self._reduce_gradients()
+        figures, by_quadrant, mine = figures.cpu(), by_quadrant.cpu(), torch.stack(sums).tolist()
+        loss = 0.0
+        for one in mine:
+            loss += one / normaliser
         [loss] = self.world.total(loss)
         self.world.sum_(figures)
         self.world.sum_(by_quadrant)
         grad_norm = self._grad_norm()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._drop_gradients()
-            raise TrainingError(f"The loss is {loss} and the gradient norm {grad_norm}; nothing was updated.")
+            raise TrainingError(
+                f"The loss is {loss} and the gradient norm {grad_norm}; nothing was updated.",
+                where=self._where_it_came_up(micro_batches, mine),
+            )
         if not figures[FIGURES.index("counts")].any():
             # a rule that counts every token may still give none a weight, and an update would then be weight decay and old momentum
             self._drop_gradients()
@@ -59,12 +75,27 @@ class Stepper(ABC):
             for gradient in self._gradients():
                 gradient.mul_(self.clip / grad_norm)
         self._update(lr)
+        self.clock.lap("update")
+        spent, memory = self.clock.read(), self.world.max_(torch.tensor(peak_bytes(self.device)))
         figures[-1] /= normaliser
-        sums, counts, masses = (dict[str, float](zip(PARTS, row, strict=True)) for row in figures.tolist())
+        unweighted, counts, masses = (dict[str, float](zip(PARTS, row, strict=True)) for row in figures.tolist())
         return StepValues(
-            loss=loss, grad_norm=grad_norm, sums=sums, counts=counts, masses=masses,
-            quadrants=(by_quadrant / normaliser).tolist(),
+            loss=loss, grad_norm=grad_norm, sums=unweighted, counts=counts, masses=masses,
+            quadrants=(by_quadrant / normaliser).tolist(), spent=spent, memory=int(memory),
         )  # fmt: skip
+
+    def _where_it_came_up(self, micro_batches: Sequence[MicroBatch], sums: Sequence[float]) -> str:
+        """The documents of the first micro-batch of each rank whose loss is no number, the same on all ranks; "" where each loss is
+        one, and their sum or a gradient is not. All ranks must call this."""
+        bad = next((batch for batch, one in zip(micro_batches, sums, strict=True) if not math.isfinite(one)), None)
+        said = json.dumps([] if bad is None else list(bad.documents)).encode()
+        told = [json.loads(bytes(one.tolist())) for one in self.world.gather(torch.tensor(list(said), dtype=torch.uint8))]
+        where = []
+        for rank, names in enumerate(told):
+            if names:
+                more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+                where.append(f"{', '.join(names[:MOST_NAMED])}{more}" + (f" (rank {rank})" if self.world.size > 1 else ""))
+        return "; ".join(where)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -77,7 +108,8 @@ class Stepper(ABC):
 
     @abstractmethod
     def _pass(self, batch: MicroBatch, normaliser: float, *, last: bool) -> tuple[Tensor, TokenValues]:
-        """Forward and backward; gives this rank's weighted sum, detached, and adds its gradient / normaliser to the others."""
+        """Forward and backward, each ended by a lap of the clock; gives this rank's weighted sum, detached, and adds its gradient /
+        normaliser to the others."""
 
     @abstractmethod
     def _reduce_gradients(self) -> None:
@@ -105,32 +137,29 @@ class Stepper(ABC):
 
 
 def figures_of(values: TokenValues) -> Tensor:
-    """[figures, parts] of a micro-batch: see `StepValues`, where masses are divided."""
-    rows = torch.zeros(len(FIGURES), len(PARTS), dtype=torch.float64)
+    """[figures, parts] of a micro-batch, where its values are: see `StepValues`, where masses are divided."""
+    rows = torch.zeros(len(FIGURES), len(PARTS), dtype=torch.float64, device=values.ce_N.device)
     for column, part in enumerate(PARTS):
         value_N = getattr(values, f"{part}_N")
         if value_N is None:
             continue
         value_N, weight_N = value_N.double(), getattr(values.weights, f"{part}_N").to(value_N.device)
         borne_N, sign = weight_N != 0, SIGNS.get(part, 1.0)
-        rows[:, column] = torch.stack(
-            [(value_N * borne_N).sum(), borne_N.sum().double(), sign * (value_N * weight_N).sum()]
-        ).cpu()
+        rows[:, column] = torch.stack([(value_N * borne_N).sum(), borne_N.sum().double(), sign * (value_N * weight_N).sum()])
     return rows
 
 
 def quadrant_masses(values: TokenValues) -> Tensor:
-    """What the tokens of each of QUADRANTS add to a micro-batch's loss, not divided yet."""
-    found = torch.zeros(len(QUADRANTS), dtype=torch.float64)
+    """What the tokens of each of QUADRANTS add to a micro-batch's loss, where its values are, not divided yet."""
     if values.quadrant_N is None:
-        return found
+        return torch.zeros(len(QUADRANTS), dtype=torch.float64, device=values.ce_N.device)
     loss_N = torch.zeros_like(values.ce_N, dtype=torch.float64)
     for part in PARTS:
         value_N = getattr(values, f"{part}_N")
         if value_N is not None:
             loss_N += SIGNS.get(part, 1.0) * value_N.double() * getattr(values.weights, f"{part}_N").to(value_N.device)
     places_N = values.quadrant_N.to(loss_N.device, torch.int64)
-    return loss_N.new_zeros(NONE + 1).scatter_add_(0, places_N, loss_N)[:NONE].cpu()
+    return loss_N.new_zeros(NONE + 1).scatter_add_(0, places_N, loss_N)[:NONE]
 
 
 def adamw(named: Sequence[tuple[nn.Parameter, Tensor]], config: Train) -> torch.optim.AdamW:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distft import ranks
-from distft.errors import LostRankError
+from distft.errors import ConfigError, LostRankError
 
 PATIENCE = timedelta(hours=4)
 """How long ranks wait for one that verifies, saves or measures. Whoever launched them notices one that died, and ends the others."""
@@ -28,6 +29,31 @@ class World:
 
     rank: int = 0
     size: int = 1
+    group: Any = None
+    """The process group of these ranks; None: the one of all that were launched."""
+    shares_with: World | None = None
+    """See `team`."""
+
+    @property
+    def team(self) -> World:
+        """The ranks that take each micro-batch together with this one, and this one's place among them. Most share with nobody."""
+        return self.shares_with or World()
+
+    def in_teams(self, size: int) -> World:
+        """The same world, where ranks 0 to size - 1 are a team, the next `size` of them another, and so on. All ranks call this at
+        once."""
+        if size == 1:
+            return self
+        if self.size % size:
+            raise ConfigError(
+                f"train.sequence_parallel={size} has each row shared by {size} ranks, and {self.size} ranks cannot be split into "
+                f"teams of {size}.", where="train.sequence_parallel",
+                help=f"Train on a multiple of {size} ranks (train.workers), or set train.sequence_parallel to a number that divides "
+                f"{self.size}.",
+            )  # fmt: skip
+        # every rank has a hand in making every group
+        groups = [dist.new_group(list(range(first, first + size)), timeout=PATIENCE) for first in range(0, self.size, size)]
+        return replace(self, shares_with=World(rank=self.rank % size, size=size, group=groups[self.rank // size]))
 
     @property
     def leads(self) -> bool:
@@ -37,13 +63,13 @@ class World:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Adds the tensor over all ranks, in place, on every rank."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:
         """The largest over all ranks, in place, on every rank."""
         if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -51,13 +77,19 @@ class World:
         if self.size == 1:
             return [tensor]
         lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device))
+        dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device), group=self.group)
         rows = [int(length) for length in lengths]
         padded = tensor.new_zeros(max(rows), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         found = [torch.empty_like(padded) for _ in rows]
-        dist.all_gather(found, padded)
+        dist.all_gather(found, padded, group=self.group)
         return [one[:length] for one, length in zip(found, rows, strict=True)]
+
+    def swap(self, parts: Tensor) -> Tensor:
+        """Sends parts[i] to rank i; gives what each rank sent to this one, in the order of ranks."""
+        found = torch.empty_like(parts)
+        dist.all_to_all_single(found, parts, group=self.group)
+        return found
 
     def total(self, *numbers: float) -> list[float]:
         """Adds numbers over all ranks in float64."""
@@ -65,7 +97,7 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from distft.engine import zero3_settings
 from distft.engine.base import MicroBatch, Slice, Wanted, share
 from distft.engine.head import TrainedModel, measure_batch
 from distft.engine.load import DTYPES, LanguageModel, read_model, take_apart
+from distft.engine.sequence import share_rows
 from distft.engine.sharded import blank_model, check_bytes, check_one_dtype, check_shapes
 from distft.engine.slices import MOMENTS, PARTS, Taken, cut
 from distft.engine.step import Stepper, adamw, to_device, whole_shape
@@ -72,6 +73,7 @@ class Zero3Engine(Stepper):
         self._check_partition()
         check_bytes(folder, whole.named_parameters(), lambda p: p.ds_tensor.data, world)  # pyright: ignore[reportAttributeAccessIssue]
         self.model: LanguageModel = self._inside(lambda: take_apart(whole, head_rows=head_rows, where=str(folder.path)))
+        self.model = self._inside(lambda: share_rows(self.model, world.team))
         if config.gradient_checkpointing:
             whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.trained = TrainedModel(self.model)
@@ -164,7 +166,10 @@ class Zero3Engine(Stepper):
             return weighted_sum / (normaliser / self.world.size)
 
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(self.engine(work), scale_wrt_gas=False)
+        loss = self.engine(work)
+        self.clock.lap("forward")
+        self.engine.backward(loss, scale_wrt_gas=False)
+        self.clock.lap("backward")
         return found[0]
 
     def _reduce_gradients(self) -> None:

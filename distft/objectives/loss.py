@@ -55,7 +55,8 @@ class Weights:
     entropy_N: Tensor
     collision_N: Tensor | None = None
 
-    def chunk(self, rows: slice) -> Weights:
+    def chunk(self, rows: slice | Tensor) -> Weights:
+        """Those of a run of tokens, or of those where a mask is true."""
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
         return Weights(**{name: column[rows] for name, column in columns.items() if column is not None})
 

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from distft.config.schema import Hidden, NoDistribution, Run, Sample
-from distft.plan.measured import Reading, TokenBytes
+from distft.plan.largest import largest
+from distft.plan.load import load_of
+from distft.plan.measured import Lengths, Reading, TokenBytes
+from distft.plan.memory import memory
+from distft.plan.shape import Shape
 from distft.store.model_folder import ModelFolder
+from distft.train.flops import PEAKS
 
-H100_FLOPS = 989e12
+H100_FLOPS = PEAKS["H100"]
 UTILISATION = 0.4
 """Of dense bf16 peak; full-weight fine-tunings of 7B-8B models on H100 are published at 0.33 to 0.46."""
-
-HEAD_BUFFER_BYTES = 1 << 29
-"""All [chunk, vocabulary] buffers: `objectives.loss.BUFFER_BYTES`, repeated here so that a plan needs no torch; a test compares."""
 
 SIGNAL_BYTES = 14
 """Position, log q(y), entropy, rank, tail and count of one token, as they lie compressed (README, "Compute a teacher cache once")."""
@@ -41,7 +43,11 @@ class Estimate:
     teacher_bytes: int | None
     """Of the whole corpus; None until it is tokenised."""
     memory_per_rank: int
-    """Bytes: weights, gradients, both moments, activations of one micro-batch, and the loss head."""
+    """Bytes on the device at the fullest moment; `memory` has them by what they are for."""
+    memory: dict[str, Any]
+    """Of one rank: `device`, `host`, what is `fullest`, and the `process` itself."""
+    largest: list[dict[str, Any]]
+    """The largest model that so many GPUs train at this run's settings."""
     checkpoint_bytes: int
     """Of one checkpoint, over all ranks; so much of the hosts' memory, too, while it is written."""
     score_hours: float | None
@@ -53,15 +59,15 @@ class Estimate:
 
 
 def estimate_run(
-    run: Run, model: ModelFolder, teacher: ModelFolder | None, *, reading: Reading | None, trained_tokens: int | None,
+    run: Run, model: ModelFolder, teacher: ModelFolder | None, *, reading: Reading | None, lengths: Lengths | None,
     known: TokenBytes | None,
 ) -> Estimate:  # fmt: skip
-    """`trained_tokens` are those of one epoch; `known` are bytes that were measured. A `teacher` of None is the model itself."""
+    """`lengths` are those of the training documents; `known` are bytes that were measured. A `teacher` of None is the model itself."""
     parameters, config, read = model.parameter_count(), _text_config(model), _text_config(teacher or model)
     width = int(read.get("hidden_size", 0))
     found = known or TokenBytes(amount=teacher_bytes_per_token(run, width=width), basis="estimated")
     return estimate(
-        run, parameters=parameters, config=config, known=found, trained_tokens=trained_tokens,
+        run, parameters=parameters, config=config, known=found, lengths=lengths,
         teacher_parameters=teacher.parameter_count() if teacher else parameters,
         tokens=reading.tokens if reading else None, scored_tokens=reading.scored_tokens if reading else None,
         head_bytes=head_bytes(run, rows=int(read.get("vocab_size", 0)), width=width),
@@ -70,10 +76,12 @@ def estimate_run(
 
 def estimate(
     run: Run, *, parameters: int, teacher_parameters: int, config: dict[str, Any], known: TokenBytes,
-    tokens: int | None, scored_tokens: int | None, trained_tokens: int | None, head_bytes: int = 0,
+    tokens: int | None, scored_tokens: int | None, lengths: Lengths | None, head_bytes: int = 0,
 ) -> Estimate:  # fmt: skip
-    """`tokens` are all that the teacher reads, `scored_tokens` those that are kept, `trained_tokens` all of one epoch. `head_bytes`
-    are kept once, however many tokens there are."""
+    """`tokens` are all that the teacher reads, `scored_tokens` those that are kept. `head_bytes` are kept once, however many tokens
+    there are."""
+    load = load_of(run, lengths=lengths, teacher_head=head_bytes)
+    needed = memory(Shape.of(config, parameters), load)
     passes = 8 if run.train.gradient_checkpointing else 6
     pace = H100_FLOPS * UTILISATION * 3600
     return Estimate(
@@ -81,10 +89,12 @@ def estimate(
         teacher_bytes_per_token=known.amount,
         basis=known.basis,
         teacher_bytes=None if scored_tokens is None else round(known.amount * scored_tokens) + head_bytes,
-        memory_per_rank=memory_per_rank(run, parameters, config),
+        memory_per_rank=needed.device_bytes,
+        memory=needed.facts(),
+        largest=largest(load, workers=run.train.most_ranks or 8, local=run.train.engine == "local"),
         checkpoint_bytes=12 * parameters,
         score_hours=None if tokens is None else 2 * teacher_parameters * tokens / pace,
-        train_hours=None if trained_tokens is None else passes * parameters * _all_tokens(run, trained_tokens) / pace,
+        train_hours=None if lengths is None else passes * parameters * _all_tokens(run, lengths.tokens) / pace,
     )
 
 
@@ -114,22 +124,3 @@ def teacher_bytes_per_token(run: Run, *, width: int) -> float:
 def head_bytes(run: Run, *, rows: int, width: int) -> int:
     """The copy of the teacher's output head, which hidden states alone need."""
     return rows * width * DTYPE_BYTES[run.teacher_model.dtype] if isinstance(run.score.distribution, Hidden) else 0
-
-
-def memory_per_rank(run: Run, parameters: int, config: dict[str, Any]) -> int:
-    """float32 takes 16 bytes a parameter (weight, gradient, two moments); bfloat16 20 (weight and gradient in two bytes each, and
-    float32 master, gradient sum, two moments). ZeRO-3 shares them among as many ranks as the run file says, and holds the head and
-    two layers whole while it computes with them."""
-    half = run.model.dtype == "bfloat16"
-    ranks = run.train.workers if isinstance(run.train.workers, int) else 1
-    layers, width = int(config.get("num_hidden_layers", 0)), int(config.get("hidden_size", 0))
-    # 34 bytes per token, layer and unit of width in half precision without the attention matrix (Korthikanti et al. 2022, eq. 2)
-    per_token = 2 * width * layers if run.train.gradient_checkpointing else 34 * width * layers
-    activations = per_token * (1 if half else 2) * run.train.micro_batch_tokens
-    # of a micro-batch's head the gradient's float32 sum, and in bfloat16 what it is rounded to before it is added to the others
-    head = HEAD_BUFFER_BYTES + (6 if half else 4) * int(config.get("vocab_size", 0)) * width
-    state = (20 if half else 16) * parameters
-    if run.train.engine == "zero3" or (run.train.engine == "auto" and ranks > 1):
-        in_use = int(config.get("vocab_size", 0)) * width + 2 * parameters // max(1, layers)
-        state = state // ranks + (2 if half else 4) * in_use
-    return state + activations + head

@@ -7,6 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from distft.corpus.reader import Corpus
 from distft.errors import CorruptArtifactError
 from distft.store.location import Location
@@ -22,6 +25,23 @@ class Reading:
     digests: frozenset[str]
     tokens: int
     scored_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Of the documents that are trained on."""
+
+    tokens: int
+    """Of one epoch."""
+    longest: int
+    share_rows: bool
+    """Whether two of them can lie in one row, which is as wide as the longest document of a batch."""
+
+    @classmethod
+    def of(cls, lengths: npt.NDArray[np.int64]) -> Lengths:
+        shortest = np.sort(lengths)[:2]
+        longest = int(lengths.max(initial=0))
+        return cls(tokens=int(lengths.sum()), longest=longest, share_rows=len(shortest) == 2 and int(shortest.sum()) <= longest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from distft.plan.show_memory import largest_lines, memory_lines
+
 _LATER = "known once the corpus is tokenised"
 _UNSCORED = "known once documents are scored; a trial (score.limit=200) is enough"
 _UNREAD = "none: neither objective nor drift meter reads a teacher"
@@ -32,7 +34,8 @@ def plan_text(result: dict[str, Any]) -> str:
     lines += [
         "", "# estimate",
         f"parameters             {figures['parameters']:,}",
-        f"memory per rank        {figures['memory_per_rank'] / 2**30:.1f} GiB",
+        *memory_lines(figures["memory"]),
+        *largest_lines(figures["largest"]),
         f"checkpoint             {figures['checkpoint_bytes'] / 2**30:.1f} GiB each, and as much memory of all ranks' hosts",
         f"teacher cache          {_cache(figures) if read else _UNREAD}",
         f"steps                  {_LATER if figures['steps'] is None else format(figures['steps'], ',')}",

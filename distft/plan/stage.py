@@ -13,7 +13,7 @@ from distft.errors import ArtifactError, ConfigError, MissingArtifactError
 from distft.objectives.treatment import Signals
 from distft.plan.artifacts import survey
 from distft.plan.estimate import estimate_run
-from distft.plan.measured import TokenBytes, bytes_in_store, reading
+from distft.plan.measured import Lengths, TokenBytes, bytes_in_store, reading
 from distft.plan.tokens import MOST_BYTES, MOST_DOCUMENTS, MOST_TOKENS, Seen, TokenPlan, plan_tokens
 from distft.progress import say
 from distft.store.location import Location
@@ -55,10 +55,10 @@ def plan_run(planned: Planned, corpus: Corpus | None, *, calibrate: bool, page: 
     unread = unread_anchors(run)
     if unread is not None:
         say(f"plan: {unread}")
-    read = steps = trained = None
+    read = steps = found = None
     if corpus is not None:
         lengths = corpus.lengths("train")
-        read, trained = reading(corpus, run.score.positions), int(lengths.sum())
+        read, found = reading(corpus, run.score.positions), Lengths.of(lengths)
         steps = StepPlan(lengths, run.train).total_steps
         check_warmup(run.train, steps)
     teacher, identity = (planned.teacher, planned.teacher_identity) if run.needs_teacher else (None, None)
@@ -70,7 +70,7 @@ def plan_run(planned: Planned, corpus: Corpus | None, *, calibrate: bool, page: 
     known = bytes_in_store(store, identity) if identity else None
     if measured is not None:
         known = TokenBytes(amount=measured.bytes_per_token, basis=f"measured on {measured.documents} documents")
-    estimate = estimate_run(run, planned.model, teacher, reading=read, trained_tokens=trained, known=known)
+    estimate = estimate_run(run, planned.model, teacher, reading=read, lengths=found, known=known)
     tokens = _tokens(planned, corpus)
     result: dict[str, Any] = {
         "artifacts": [status.facts() for status in statuses],

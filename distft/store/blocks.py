@@ -91,7 +91,7 @@ class _Blocks:
     def __init__(self, folder: Location, spans: Sequence[Span]) -> None:
         self.folder = folder
         entries = {span.entry.name: span.entry for span in spans}
-        self._promised = {name: _promised(folder, entry) for name, entry in entries.items()}
+        self._promised = {name: promised_blocks(folder, entry) for name, entry in entries.items()}
         self._uses: Counter[tuple[str, int]] = Counter()
         self._later: deque[tuple[FileEntry, int]] = deque()
         self._ahead: deque[tuple[str, int]] = deque()
@@ -148,20 +148,29 @@ class _Blocks:
     def _fetch(self, entry: FileEntry, number: int) -> bytes:
         size, digests = self._promised[entry.name]
         start = number * size
-        try:
-            data = self.folder.read_range(entry.name, start, min(size, entry.size - start))
-        except MissingArtifactError as error:
-            raise CorruptArtifactError(f"{entry.name} is in the manifest, and gone", where=self.folder.url) from error
-        found = hashlib.sha256(data).hexdigest()
-        if found != digests[number]:
-            raise CorruptArtifactError(
-                f"{entry.name} is damaged between bytes {start} and {start + len(data)}: sha256 {found[:12]}..., not "
-                f"{digests[number][:12]}...", where=self.folder.url,
-            )  # fmt: skip
+        data = read_promised(self.folder, entry, start, min(size, entry.size - start))
+        check_block(self.folder, entry, start, start + len(data), hashlib.sha256(data).hexdigest(), digests[number])
         return data
 
 
-def _promised(folder: Location, entry: FileEntry) -> tuple[int, list[str]]:
+def read_promised(folder: Location, entry: FileEntry, start: int, length: int) -> bytes:
+    """Bytes of a file that a manifest names, not yet verified."""
+    try:
+        return folder.read_range(entry.name, start, length)
+    except MissingArtifactError as error:
+        raise CorruptArtifactError(f"{entry.name} is in the manifest, and gone", where=folder.url) from error
+
+
+def check_block(folder: Location, entry: FileEntry, start: int, stop: int, found: str, promised: str) -> None:
+    """Refuses a block with other bytes than the manifest promises."""
+    if found != promised:
+        raise CorruptArtifactError(
+            f"{entry.name} is damaged between bytes {start} and {stop}: sha256 {found[:12]}..., not {promised[:12]}...",
+            where=folder.url,
+        )
+
+
+def promised_blocks(folder: Location, entry: FileEntry) -> tuple[int, list[str]]:
     """Size and digests of the blocks, once they fit the file."""
     size, digests = entry.facts.get("block_bytes"), entry.facts.get("blocks")
     if (

@@ -22,9 +22,12 @@ INDEX: Final = "model.safetensors.index.json"
 HEADER_LIMIT: Final = 100 << 20
 """Bytes of a safetensors header, at most; the format's own limit."""
 
-HUB_FILES: Final = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
+HUB_FILES: Final = (
+    "*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "README.md", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 HUB_IGNORED: Final = ("*/*", "*.bin", "*.pt", "*.pth", "*.py", "consolidated*", "adapter_*")
 
+_TERMS = ("LICENSE", "LICENCE", "NOTICE")
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _VOCABULARY = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt",
                "added_tokens.json")  # fmt: skip
@@ -71,6 +74,17 @@ class ModelFolder:
         """The files that the tokenizer and its chat template are made of, sorted by name."""
         return sorted(path for name in _TOKENIZER if (path := self.path / name).is_file())
 
+    def license_files(self) -> list[Path]:
+        """The terms that the model came with, and whom they want named, sorted by name."""
+        return sorted(path for path in self.path.iterdir() if path.is_file() and path.name.upper().startswith(_TERMS))
+
+    def card(self) -> str:
+        """What the model's makers say of it, in Markdown; empty where they say nothing that is text."""
+        try:
+            return (self.path / "README.md").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return ""
+
     def weights_identity(self) -> dict[str, Any]:
         """What the model computes: each weight file's sha256, and a digest of the settings."""
         digests = files_sha256(self.weight_files())
@@ -104,12 +118,29 @@ class ModelFolder:
                 help=f"Set score.tensor_parallel to one of {possible}.",
             )  # fmt: skip
 
+    def check_rows_shared_by(self, ranks: int) -> None:
+        """Refuses to have so many ranks share rows of tokens, which takes a whole number of attention heads for each. Heads for keys
+        that are fewer than ranks go to several."""
+        config = self.config.get("text_config") or self.config
+        heads = int(config.get("num_attention_heads") or config.get("n_head") or ranks)
+        keys = int(config.get("num_key_value_heads") or heads)
+        possible = [n for n in range(1, heads + 1) if heads % n == 0 and (keys % n == 0 or n % keys == 0)]
+        if ranks not in possible:
+            raise ModelError(
+                f"The model's attention heads cannot be shared evenly among {ranks} ranks: it has {heads}, with {keys} for keys and "
+                "values.", where=str(self.path), help=f"Set train.sequence_parallel to one of {', '.join(map(str, possible))}.",
+            )  # fmt: skip
+
     def parameter_count(self) -> int:
         """Numbers in the weight files, from their headers; a tied matrix that is stored once counts once."""
+        return sum(self.tensor_sizes().values())
+
+    def tensor_sizes(self) -> dict[str, int]:
+        """Numbers of each tensor, from the files' headers."""
         counts: dict[str, int] = {}
         for path in self.weight_files():
             counts |= _tensor_sizes(path)
-        return sum(counts.values())
+        return counts
 
     def vocabulary_rows(self) -> int:
         """Rows of the output head, which may be more than the tokenizer has tokens."""

@@ -25,7 +25,7 @@ from distft.train.targets import Treated, micro_batch, scaled
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """This rank's share of a step."""
+    """This rank's share of a step. Of a team that shares its rows, the leading rank alone counts."""
 
     micro_batches: list[MicroBatch]
     groups: list[npt.NDArray[np.uint8]]
@@ -35,6 +35,11 @@ class Step:
     quadrants: list[int]
     """How many of its tokens are of each of QUADRANTS, with and without a weight; none where no teacher was asked."""
     tokens: int
+
+    @property
+    def headed(self) -> int:
+        """How many of its tokens reach the output head."""
+        return sum(len(batch.predictor_N) for batch in self.micro_batches)
 
     def normalised(self, totals: Sequence[float], *, kl_factor: float = 1.0) -> tuple[list[MicroBatch], float]:
         """Micro-batches and the number to divide their loss by, from each group's normaliser over all ranks. Where there are several
@@ -52,13 +57,14 @@ class Step:
 
 
 def share(batches: Sequence[list[int]], world: World) -> list[list[int]]:
-    """This rank's batches, of the same number on every rank: collectives must meet. Batches come longest first, so dealing them
-    round and back evens out the cost; missing ones are empty."""
-    rounds = -(-len(batches) // world.size)
+    """This rank's batches, the same for all of a team, and of the same number on every rank: collectives must meet. Batches come
+    longest first, so dealing them round and back evens out the cost; missing ones are empty."""
+    teams, team = world.size // world.team.size, world.rank // world.team.size
+    rounds = -(-len(batches) // teams)
     mine = []
     for turn in range(rounds):
-        seat = world.rank if turn % 2 == 0 else world.size - 1 - world.rank
-        index = turn * world.size + seat
+        seat = team if turn % 2 == 0 else teams - 1 - team
+        index = turn * teams + seat
         mine.append(batches[index] if index < len(batches) else [])
     return mine
 
@@ -79,23 +85,23 @@ class Feed:
         """This rank's share of the step with these documents."""
         batches = batches_by_tokens([int(self.lengths[row]) for row in rows], self.train.micro_batch_tokens)
         counts, kinds = np.zeros(self.objective.groups + 1), np.zeros(len(QUADRANTS) + 1, np.int64)
-        made, groups, tokens = [], [], 0
+        made, groups, tokens, team = [], [], 0, self.world.team
         for batch in share(batches, self.world):
             documents = [self.corpus.document("train", int(rows[i])) for i in batch]
             treated = [self._treated(document) for document in documents]
-            for one in treated:
+            for one in treated if team.leads else ():
                 np.add.at(counts, one.treatment.group, one.treatment.count.astype(np.float64))
                 if one.quadrant is not None:
                     kinds += np.bincount(one.quadrant, minlength=len(kinds))
+                tokens += len(one.document)
             done, group = micro_batch(
                 [one.reached() for one in treated] if self.objective.live == "no" else treated,
                 self.cache.rows if self.cache else sparse_rows,
                 live=None if self.objective.live == "no" else LiveTreatment.of(self.objective, treated),
-                temperature=self.objective.softening,
+                temperature=self.objective.softening, team=team,
             )  # fmt: skip
             made.append(done)
             groups.append(group)
-            tokens += sum(len(document) for document in documents)
         return Step(
             micro_batches=made, groups=groups, counts=counts[:-1].tolist(), quadrants=kinds[:NONE].tolist(), tokens=tokens
         )  # fmt: skip

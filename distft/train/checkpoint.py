@@ -34,6 +34,8 @@ SOONEST, LATEST = 0.02, 2.0
 """Seconds between two looks for what other ranks have written."""
 GRACE = 20.0
 """Seconds that are left for a save when training ends in another way than it should."""
+ORIGIN = "imported"
+"""Among a checkpoint's facts: where the run's first steps were taken, if not in it. Every later checkpoint repeats it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,7 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[None] | None = None
         self._patience_ends = math.inf
+        self._origin: dict[str, Any] = {}
 
     def save(self, step: int, engine: Engine, facts: dict[str, Any]) -> None:
         """Copies what this rank holds, and has it written. What goes wrong then is raised by `finish`, or by the next save, which
@@ -126,6 +129,7 @@ class Checkpoints:
             [damaged] = self.world.total(wrong is not None)
             if not damaged:
                 assert manifest is not None
+                self._origin = {key: manifest.facts[key] for key in (ORIGIN,) if key in manifest.facts}
                 return Restored(step=step, facts=manifest.facts)
             bad = wrong or CorruptArtifactError(f"Another rank found step {step} damaged.", where=where.url)
             if self.world.leads:
@@ -143,6 +147,12 @@ class Checkpoints:
         found = newest_checkpoint(self.folder)
         return None if found is None else (found[0], self._own(*found))
 
+    def at(self, step: int) -> tuple[Location, Manifest] | None:
+        """Those of the checkpoint of a step."""
+        where = step_folder(self.folder, step)
+        manifest = read_manifest(where)
+        return None if manifest is None else (where, self._own(where, manifest))
+
     def _write(self, step: int, snapshot: Snapshot, attempt: str, facts: dict[str, Any]) -> None:
         """This rank's file; on the leading rank, all that makes it a checkpoint."""
         where = step_folder(self.folder, step)
@@ -156,7 +166,7 @@ class Checkpoints:
         notes = [_note(attempt, rank) for rank in range(1, self.world.size)]
         entries = (entry, *(self._await(where, note) for note in notes))
         identity = {"step": step, "run": self.identity}
-        told = {**facts, **manifest_facts(snapshot.parameters)}
+        told = {**facts, **self._origin, **manifest_facts(snapshot.parameters)}
         ours = Manifest(kind="checkpoint", identity=identity, files=entries, facts=told)
         committed = commit(where, ours)
         for note in notes:

@@ -19,9 +19,8 @@ from distft.objectives.loss import TokenValues
 from distft.objectives.treatment import treatment
 from distft.progress import Meter
 from distft.teacher.cache import TeacherCache, sampling_excess
-from distft.teacher.scores import Scores
 from distft.train.batches import share
-from distft.train.targets import micro_batch, supervised
+from distft.train.targets import Treated, micro_batch, own_part, supervised
 
 Measure = Callable[[MicroBatch], TokenValues]
 
@@ -58,8 +57,9 @@ def measure_drift(
     sums = np.zeros(5)
     for batch in share(batches_by_tokens([len(d.tokens) for d in held], tokens_per_batch), world):
         chosen = [held[i] for i in batch]
-        scores = [cache.supervised(document) for document in chosen]
-        values = measure(_asked(chosen, scores, cache))
+        asked = _asked(chosen, cache)
+        values = measure(micro_batch(asked, cache.rows, team=world.team)[0])
+        scores = [one.scores for one in own_part(asked, world.team) if one.scores is not None]
         nll_N, teacher_nll_N = (
             values.ce_N.double().cpu().numpy(),
             -np.concatenate([s.label_logprob for s in scores] or [np.zeros(0)]),
@@ -90,9 +90,9 @@ def check_own_teacher(measure: Measure, corpus: Corpus, cache: TeacherCache, wor
         )  # fmt: skip
 
 
-def _asked(documents: list[Document], scores: list[Scores], cache: TeacherCache) -> MicroBatch:
-    """A batch that asks about every supervised token."""
-    treated = [
+def _asked(documents: list[Document], cache: TeacherCache) -> list[Treated]:
+    """Documents of which every supervised token is asked about."""
+    scores = [cache.supervised(document) for document in documents]
+    return [
         supervised(document, treatment(len(one), ce=1.0, kl=1.0), one) for document, one in zip(documents, scores, strict=True)
-    ]  # fmt: skip
-    return micro_batch(treated, cache.rows)[0]
+    ]

@@ -12,6 +12,7 @@ FORMAT = "distft-run-2"
 # What changes speed, memory or safety, never the weights that come out.
 OPERATIONAL = {
     "micro_batch_tokens", "engine", "zero3", "workers", "restarts", "checkpoint", "gradient_checkpointing", "drift_every_steps",
+    "log", "sequence_parallel",
 }  # fmt: skip
 
 

@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from distft.engine.world import World
 from distft.objectives.loss import PARTS, Targets, TokenValues, Weights
 from distft.objectives.treatment import Floats, LiveField, ObjectiveRule, Signals, Treatment, live_signals
-from distft.train.targets import Treated
+from distft.train.targets import ALONE, Treated
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,9 @@ class LiveTreatment:
     """Which tokens of the batch are answers'."""
     kl_factor: float = 1.0
     """Multiplies all divergences."""
+    owners: npt.NDArray[np.int64] | None = None
+    """Which rank of `team` has each token, for a rule of whole documents; None: all are this rank's."""
+    team: World = ALONE
 
     @classmethod
     def of(cls, rule: ObjectiveRule, treated: Sequence[Treated]) -> LiveTreatment:
@@ -50,6 +54,18 @@ class LiveTreatment:
         """Whether the answers' tokens need the teacher's distribution: what is held there, or which, is not known yet."""
         return self.rule.holds or bool(self.fields & {"kl", "rkl"})
 
+    @property
+    def own_answers(self) -> npt.NDArray[np.bool_]:
+        """Which of this rank's tokens are answers'."""
+        return self.answers if self.owners is None else self.answers[self.owners == self.team.rank]
+
+    def shared(self, owners: npt.NDArray[np.int64], team: World) -> LiveTreatment:
+        """The same on ranks that have some of the tokens each. A rule of single tokens needs no others."""
+        if self.rule.live == "sequence":
+            return replace(self, owners=owners, team=team)
+        mine = owners == team.rank
+        return replace(self, fixed=self.fixed[mine], answers=self.answers[mine])
+
     def decide(self, rows: slice, seen: dict[LiveField, Tensor]) -> Weights:
         """For rules of single tokens: any run of tokens, whatever documents they are of."""
         answers = self.answers[rows]
@@ -62,8 +78,9 @@ class LiveTreatment:
         return self._weights([made], answers, self.fixed[rows], device)
 
     def settle(self, seen: TokenValues, targets: Targets) -> tuple[Targets, Tensor]:
-        """For rules of whole documents: all of the batch. See `distft.engine.base.Selection`."""
-        named = {name: _floats(_value(seen, name))[self.answers] for name in self.fields}
+        """For rules of whole documents: all of the batch. See `distft.engine.base.Selection`. A team settles together: what each rank
+        sees of its tokens becomes known to all, and each treats all documents, and then its own tokens alone."""
+        named = {name: self._of_all(_value(seen, name))[self.answers] for name in sorted(self.fields)}
         made, start = [], 0
         for signals in self.documents:
             stop = start + len(signals)
@@ -71,6 +88,8 @@ class LiveTreatment:
             made.append(self.rule.treat(replace(signals, live=live)))
             start = stop
         weights = self._weights(made, self.answers, self.fixed, seen.ce_N.device)
+        if self.owners is not None:
+            weights = weights.chunk(torch.from_numpy(self.owners == self.team.rank).to(seen.ce_N.device))
         held_N = (weights.kl_N != 0) | (weights.rkl_N != 0)
         bears_N = held_N | (weights.ce_N != 0) | (weights.entropy_N != 0)
         if weights.collision_N is not None:
@@ -81,6 +100,16 @@ class LiveTreatment:
         teacher = targets.teacher and targets.teacher.select(borne_N, held_N[borne_N])
         quadrant_N = None if targets.quadrant_N is None else targets.quadrant_N[borne_N]
         return replace(targets, labels_N=targets.labels_N[borne_N], **columns, teacher=teacher, quadrant_N=quadrant_N), borne_N
+
+    def _of_all(self, value_N: Tensor) -> Floats:
+        """A value of this rank's tokens, and of the other ranks', in the order of the batch."""
+        mine = _floats(value_N)
+        if self.owners is None:
+            return mine
+        found = np.empty(len(self.owners), np.float32)
+        for rank, values in enumerate(self.team.gather(torch.from_numpy(mine))):
+            found[self.owners == rank] = values.numpy()
+        return found
 
     def _weights(self, made: Sequence[Treatment], answers: npt.NDArray[np.bool_], fixed: Floats, device: torch.device) -> Weights:
         columns: dict[str, Tensor] = {}

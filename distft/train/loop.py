@@ -22,6 +22,7 @@ from distft.train.batches import Feed
 from distft.train.budget import DriftBudget
 from distft.train.checkpoint import Checkpoints
 from distft.train.drift import Drift
+from distft.train.meters import Meters
 from distft.train.metrics import MetricsLog, step_line
 from distft.train.order import StepPlan
 from distft.train.schedule import learning_rate
@@ -36,11 +37,12 @@ class Finished:
 
 def train(
     config: Train, *, engine: Engine, plan: StepPlan, feed: Feed, world: World, log: MetricsLog | None, checkpoints: Checkpoints,
-    first_step: int, drift: Callable[[], Drift] | None, budget: DriftBudget | None = None, label: str,
+    first_step: int, drift: Callable[[], Drift] | None, meters: Meters, budget: DriftBudget | None = None, label: str,
 ) -> Finished:  # fmt: skip
     """Runs steps first_step to plan.total_steps. `log` is the leading rank's; `drift` measures on all ranks, and with a `budget` what
     it finds decides how strongly the steps after it hold."""
     loss, drifted = float("nan"), None
+    shown: dict[str, float] = {"checkpoint": first_step - 1, **({"drift_budget": budget.budget} if budget else {})}
     with (
         stopping.gracefully(),
         closing(checkpoints),
@@ -53,8 +55,9 @@ def train(
             started, mine = time.monotonic(), coming.result()
             if step < plan.total_steps:
                 coming = reader.submit(feed.step, plan.documents(step + 1))  # reads while the model computes
-            found = world.total(*mine.counts, *mine.quadrants, mine.tokens, stopping.requested(), checkpoints.failed)
-            totals, kinds, (tokens, stop, unsaved) = found[: len(mine.counts)], found[len(mine.counts) : -3], found[-3:]
+            found = world.total(*mine.counts, *mine.quadrants, mine.tokens, mine.headed, stopping.requested(), checkpoints.failed)
+            waited = time.monotonic() - started
+            totals, kinds, (tokens, headed, stop, unsaved) = found[: len(mine.counts)], found[len(mine.counts) : -4], found[-4:]
             if unsaved:
                 checkpoints.finish()  # which says why
             micro_batches, normaliser = mine.normalised(totals, kl_factor=budget.factor if budget else 1.0)
@@ -75,18 +78,22 @@ def train(
             except TrainingError as error:
                 with suppress(DistftError):
                     checkpoints.finish()  # so that the last one can be named
+                rows = f"rows {sorted(plan.documents(step).tolist())[:8]} ... of the training split"
                 raise TrainingError(
-                    error.problem, where=f"step {step}, rows {sorted(plan.documents(step).tolist())[:8]} ... of the training split",
+                    error.problem, where=f"step {step}, {rows}" + (f"; in the micro-batch of {error.where}" if error.where else ""),
                     help=f"The last checkpoint is step {(checkpoints.steps() or [0])[-1]}. "
                     + (error.help or "Lower train.lr, or look at those rows."),
                 ) from error  # fmt: skip
             loss = values.loss
             seconds = time.monotonic() - started
             line = step_line(step, values, normaliser=normaliser, tokens=int(tokens), kinds=kinds, lr=lr, seconds=seconds)
+            lengths = feed.lengths[plan.documents(step)]
+            line |= meters.line(values, lengths=lengths, headed=headed, seconds=seconds, waited=waited)
             last = step == plan.total_steps
             if drift and (last or _due(config.drift_every_steps, step)):
                 drifted = drift()
                 line |= {"drift": drifted.kl, "heldout_nll": drifted.nll}
+                shown |= {"drift": drifted.kl, "drift_step": step}
                 if budget:
                     line |= {"drift_budget": budget.budget, "kl_factor": budget.factor}
                     budget.observe(drifted.kl)
@@ -102,7 +109,8 @@ def train(
                     "loss": loss, "drift": drifted.facts() if drifted else None, "total_steps": plan.total_steps, **_kept(budget)
                 }  # fmt: skip
                 checkpoints.save(step, engine, facts)
-            meter.advance(note=f"loss {loss:.3f}" + (f", drift {drifted.kl:.4f}" if drifted else ""))
+                shown["checkpoint"] = step
+            meter.advance(note=f"loss {loss:.3f}" + (f", drift {drifted.kl:.4f}" if drifted else ""), figures={**line, **shown})
         checkpoints.finish()
     return Finished(steps=plan.total_steps, loss=loss, drift=drifted)
 

@@ -10,7 +10,15 @@ weight.
 Where the objective reads the teacher, `tokens_QUADRANT` says which share of a step's supervised tokens is of each of the four kinds of
 `distft.objectives.quadrants`, with and without a weight, and `mass_QUADRANT` what they add to the loss; a held prompt is of none.
 
-A resumed run drops the lines after its checkpoint and goes on.
+What a step cost stands beside that (`distft.train.meters`): `tokens_per_second`; `seconds`, which are `data_seconds` (until all ranks
+had their documents), `forward_seconds` (the output head's gradients included), `backward_seconds`, `update_seconds` and
+`other_seconds`; `model_flops_per_second` and, of devices whose peak is known, `mfu` (`distft.train.flops` has the formula);
+`memory_bytes`, the most that the fullest rank's accelerator held in this step, or that rank's process ever; and `time`, in seconds
+since 1970, when the step was over. `drift` and `heldout_nll` are there in steps after which they were measured, and cost no step's
+time.
+
+A resumed run drops the lines after its checkpoint and goes on. Whoever follows the log (TensorBoard's events, services) is given its
+lines, and nothing else: the log is the truth.
 """
 
 from __future__ import annotations
@@ -18,7 +26,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 from distft.engine.base import StepValues
 from distft.objectives.quadrants import QUADRANTS
@@ -30,23 +39,60 @@ REMOTE_EVERY_SECONDS = 30.0
 """An object store has no append: the file is put whole, so often and at checkpoints."""
 
 
+class Follower(Protocol):
+    """Shows the log elsewhere."""
+
+    def start(self, lines: Sequence[dict[str, Any]]) -> None:
+        """With the lines that a resumed run goes on from."""
+        ...
+
+    def add(self, line: dict[str, Any]) -> None: ...
+
+    def flush(self) -> None:
+        """Before a checkpoint."""
+        ...
+
+    def close(self, *, finished: bool) -> None: ...
+
+
 class MetricsLog:
-    def __init__(self, folder: Location, *, after_step: int) -> None:
-        self.folder = folder
+    """Write inside a `with` block: followers are let go at its end."""
+
+    def __init__(self, folder: Location, *, after_step: int, followers: Sequence[Follower] = ()) -> None:
+        self.folder, self.followers = folder, followers
         self.lines = [line for line in read_metrics(folder) if line["step"] <= after_step]
         self._put_at = 0.0
         self.flush()
 
+    def __enter__(self) -> MetricsLog:
+        for follower in self.followers:
+            follower.start(self.lines)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for follower in self.followers:
+            follower.close(finished=kind is None)
+
     def add(self, line: dict[str, Any]) -> None:
+        self._write(line)
+        for follower in self.followers:
+            follower.add(line)
+
+    def _write(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
         path = self.folder.local(METRICS)
         if path is not None:
             with explained("write", path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         elif time.monotonic() - self._put_at > REMOTE_EVERY_SECONDS:
-            self.flush()
+            self._put()
 
     def flush(self) -> None:
+        self._put()
+        for follower in self.followers:
+            follower.flush()
+
+    def _put(self) -> None:
         self._put_at = time.monotonic()
         self.folder.replace(METRICS, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -24,15 +26,16 @@ def cut_steps(lengths: npt.NDArray[np.int64], tokens_per_step: int) -> npt.NDArr
 
 
 class StepPlan:
-    """The documents of every step of a run, by number. Holds one permutation per epoch and nothing of the documents."""
+    """The documents of every step of a run, by number. Of each epoch it keeps where steps end, and of two the order: all that a corpus
+    of many millions of documents costs, however many epochs there are."""
 
     def __init__(self, lengths: npt.NDArray[np.int64], train: Train) -> None:
-        self._orders, self._ends = [], []
+        self._documents, self._seed = len(lengths), train.seed
+        self._order = lru_cache(maxsize=2)(self._draw)  # the epoch that is trained, and the next one, which is being read
+        self._ends: list[npt.NDArray[np.int64]] = []
         self.total_steps = 0
         for epoch in range(train.epochs):
-            order = epoch_order(len(lengths), seed=train.seed, epoch=epoch)
-            ends = cut_steps(lengths[order], train.tokens_per_step)
-            self._orders.append(order)
+            ends = cut_steps(lengths[self._order(epoch)], train.tokens_per_step)
             self._ends.append(ends)
             self.total_steps += len(ends)
             if train.max_steps is not None and self.total_steps >= train.max_steps:
@@ -42,9 +45,9 @@ class StepPlan:
     def documents(self, step: int) -> npt.NDArray[np.int64]:
         """Rows of the corpus's training split for step 1 to total_steps."""
         index = step - 1
-        for order, ends in zip(self._orders, self._ends, strict=True):
+        for epoch, ends in enumerate(self._ends):
             if index < len(ends):
-                return order[ends[index - 1] if index else 0 : ends[index]]
+                return self._order(epoch)[ends[index - 1] if index else 0 : ends[index]]
             index -= len(ends)
         raise IndexError(step)
 
@@ -56,3 +59,6 @@ class StepPlan:
                 return number + index / len(ends)
             index -= len(ends)
         return float(len(self._ends))
+
+    def _draw(self, epoch: int) -> npt.NDArray[np.int64]:
+        return epoch_order(self._documents, seed=self._seed, epoch=epoch)

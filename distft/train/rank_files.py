@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,14 +23,17 @@ from torch import Tensor
 
 from distft.engine.base import Slice, Wanted, share
 from distft.errors import CorruptArtifactError
-from distft.store.blocks import BlockWriter, Span, read_spans
+from distft.store.blocks import AHEAD, BlockWriter, Span, read_spans
 from distft.store.location import Location
 from distft.store.manifest import FileEntry, Manifest
+from distft.store.passing import Passing
 from distft.store.put import Written, put_hashed
 
 Part = Literal["weight", "exp_avg", "exp_avg_sq"]
 PARTS: tuple[Part, ...] = get_args(Part)
 ALIGNED = 8
+PIECE_BYTES = (64 << 10, 16 << 20)
+"""The least and the most that is asked for at once of a file that is read from front to back; a multiple of the least."""
 
 Parameters = Sequence[tuple[str, tuple[int, ...]]]
 """Names and shapes, in the order in which they lie in the files."""
@@ -102,12 +106,22 @@ class Memory:
 
 def put_rank_file(folder: Location, snapshot: Snapshot, rank: int) -> FileEntry:
     """Writes a rank's file; it counts once a manifest names it."""
-    return put_hashed(folder, f"rank-{rank:05d}", "safetensors", lambda path: _write(path, snapshot.vectors, rank))
+    return put_numbers(folder, len(snapshot.vectors["weight"]), lambda part: [snapshot.vectors[part]], rank)
+
+
+def put_numbers(folder: Location, elements: int, numbers: Callable[[Part], Iterable[Tensor]], rank: int) -> FileEntry:
+    """The same of vectors of so many elements that come in pieces, of which none is kept."""
+    return put_hashed(folder, f"rank-{rank:05d}", "safetensors", lambda path: _write(path, elements, numbers, rank))
 
 
 def manifest_facts(parameters: Parameters) -> dict[str, Any]:
     """What a manifest must say for its files to be understood."""
     return {"parameters": [[name, list(shape)] for name, shape in parameters]}
+
+
+def parameters_of(where: Location, manifest: Manifest) -> Parameters:
+    """What the files hold, in their order."""
+    return _understood(where, manifest)[0]
 
 
 def read_slices(where: Location, manifest: Manifest, wanted: Iterable[Wanted], parts: Sequence[Part] = PARTS) -> Iterator[Slice]:
@@ -120,8 +134,7 @@ def read_slices(where: Location, manifest: Manifest, wanted: Iterable[Wanted], p
     for rank, mine in pieces.items():
         entry, elements = files[rank], layout.elements(rank)
         head = len(_head_of(elements))
-        if entry.size != head + 4 * len(PARTS) * elements:
-            raise _not_as_said(where, entry, elements)
+        _check_size(where, entry, elements)
         spans.append(Span(entry, 0, head))
         for piece in mine:
             for number, part in enumerate(PARTS):
@@ -137,6 +150,37 @@ def read_slices(where: Location, manifest: Manifest, wanted: Iterable[Wanted], p
                     read = part in parts
                     vectors[part] = torch.from_numpy(next(found).view("<f4")) if read else torch.zeros(1).expand(piece.length)
                 yield Slice(name=piece.name, shape=piece.shape, start=piece.start, **vectors)
+
+
+def pass_weights(where: Location, manifest: Manifest, *, memory: int) -> Generator[tuple[str, Tensor], None, None]:
+    """All weights in the manifest's order, each as runs of its elements, one after another, of which the caller may keep none; in
+    `memory` bytes as far as PIECE_BYTES allow it. They are verified once the last is behind: what was made of them before that may
+    be of damaged bytes."""
+    parameters, files = _understood(where, manifest)
+    layout, ahead = Layout(parameters, len(files)), -(-AHEAD // len(files))
+    room = memory // (len(files) * (ahead + 1) + 2)  # of each file what is coming and what is left of one; and two in the making
+    least, most = PIECE_BYTES
+    piece_bytes = max(least, min(most, room)) // least * least
+    pool = ThreadPoolExecutor(AHEAD + 1, "weights")
+    try:
+        passing: list[Passing] = []
+        for rank, entry in enumerate(files):
+            _check_size(where, entry, layout.elements(rank))
+            passing.append(Passing(where, entry, pool, piece_bytes=piece_bytes, ahead=ahead))
+        for rank, file in enumerate(passing):
+            head = _head_of(layout.elements(rank))
+            if b"".join(file.take(len(head))) != head:
+                file.finish()  # says so where the bytes are damaged
+                raise _not_as_said(where, file.entry, layout.elements(rank))
+        for name, shape in parameters:
+            for rank, file in enumerate(passing):
+                start, stop = share(math.prod(shape), rank, len(files))
+                for piece in file.take(4 * (stop - start)):
+                    yield name, torch.from_numpy(np.frombuffer(piece, "<f4").astype(np.float32))
+        for file in passing:
+            file.finish()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def read_weights(where: Location, manifest: Manifest) -> dict[str, Tensor]:
@@ -196,6 +240,11 @@ def _holders(one: Wanted, ranks: int) -> range:
     return range(one.start // run, (one.stop - 1) // run + 1)
 
 
+def _check_size(where: Location, entry: FileEntry, elements: int) -> None:
+    if entry.size != len(_head_of(elements)) + 4 * len(PARTS) * elements:
+        raise _not_as_said(where, entry, elements)
+
+
 def _not_as_said(where: Location, entry: FileEntry, elements: int) -> CorruptArtifactError:
     return CorruptArtifactError(
         f"{entry.name} does not hold {elements} weights and their moments, as its manifest says", where=where.url
@@ -213,13 +262,18 @@ def _head_of(elements: int) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write(path: Path, vectors: dict[Part, Tensor], rank: int) -> Written:
+def _write(path: Path, elements: int, numbers: Callable[[Part], Iterable[Tensor]], rank: int) -> Written:
     """By hand, so that bytes are hashed as they pass and nothing is copied once more."""
     with path.open("wb") as file:
         writer = BlockWriter(file)
-        writer.write(memoryview(_head_of(len(vectors["weight"]))))
+        writer.write(memoryview(_head_of(elements)))
         for part in PARTS:
-            writer.write(vectors[part].numpy().astype("<f4", copy=False).data)
+            left = elements
+            for piece in numbers(part):
+                writer.write(piece.numpy().astype("<f4", copy=False).data)
+                left -= len(piece)
+            if left:
+                raise RuntimeError(f"{left} elements of {part} did not come")
     return Written(sha256=writer.sha256(), facts={"rank": rank, **writer.facts()})
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
+
+import torch
 
 from distft.config.check import too_rarely_measured, unread_anchors
 from distft.config.load import dump
@@ -10,7 +13,7 @@ from distft.config.schema import Run
 from distft.corpus.reader import Corpus
 from distft.corpus.render import token_rows
 from distft.engine.choose import open_engine
-from distft.engine.world import World
+from distft.engine.world import World, this_device
 from distft.errors import ConfigError, CorruptArtifactError
 from distft.progress import say, waiting
 from distft.store.location import Location
@@ -21,10 +24,14 @@ from distft.train.batches import Feed
 from distft.train.budget import DriftBudget
 from distft.train.checkpoint import Checkpoints, Restored
 from distft.train.drift import ROUNDING, Drift, check_own_teacher, measure_drift
+from distft.train.events import Events
+from distft.train.flops import Arithmetic, device_peak
 from distft.train.loop import train
-from distft.train.metrics import MetricsLog
+from distft.train.meters import Meters
+from distft.train.metrics import Follower, MetricsLog
 from distft.train.order import StepPlan
 from distft.train.schedule import check_warmup
+from distft.train.trackers import trackers
 
 
 def run_identity(run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCache | None) -> dict[str, Any]:
@@ -37,8 +44,10 @@ def train_run(
     run: Run, model: ModelFolder, corpus: Corpus, cache: TeacherCache | None, store: Location, world: World
 ) -> dict[str, Any]:
     """Trains to the end; returns what `--json` prints. A run that is finished returns at once, without loading the model."""
-    if world.size > 1 and run.train.workers not in ("auto", world.size):
-        raise ConfigError(f"train.workers={run.train.workers}, and {world.size} ranks were launched.", where="train.workers",
+    most = run.train.most_ranks
+    if world.size > 1 and most is not None and not run.train.least_ranks <= world.size <= most:
+        asked = str(most) if run.train.least_ranks == most else f"[{run.train.least_ranks}, {most}]"
+        raise ConfigError(f"train.workers={asked}, and {world.size} ranks were launched.", where="train.workers",
                           help="Leave it auto, or launch as many.")  # fmt: skip
     folder = store.child("runs", run.name)
     kept = run.train.checkpoint
@@ -56,10 +65,14 @@ def train_run(
         newest = None  # `restore` names it, and goes on from the one before
     check_warmup(run.train, plan.total_steps)
     _check_measurements(run, plan.total_steps)
+    complete = newest if newest is not None and newest[1].identity["step"] >= plan.total_steps else None
+    if complete is None:  # one that is may be looked at by a process alone
+        model.check_rows_shared_by(run.train.sequence_parallel)
+        world = world.in_teams(run.train.sequence_parallel)
     if world.leads:
         folder.replace("config.yaml", dump(run).encode())  # only now: a config that was refused must not stand beside the run
-    if newest is not None and newest[1].identity["step"] >= plan.total_steps:
-        return _result(run, folder, plan.total_steps, plan.total_steps, newest[1].facts)
+    if complete is not None:
+        return _result(run, folder, plan.total_steps, plan.total_steps, complete[1].facts)
 
     unread = unread_anchors(run)
     if unread is not None:
@@ -82,14 +95,15 @@ def train_run(
         return measure_drift(engine.measure, documents, cache, world, tokens_per_batch=run.train.micro_batch_tokens)
 
     budget = _budget(run, restored)
-    finished = train(
-        run.train, engine=engine, plan=plan, world=world, checkpoints=checkpoints, first_step=done + 1,
-        feed=Feed(
-            corpus, cache, run.objective, run.train, world, vocabulary=engine.vocabulary, rounding=ROUNDING[_coarser(run)]
-        ),
-        log=MetricsLog(folder, after_step=done) if world.leads else None,
-        drift=heldout_drift if "heldout" in corpus.splits else None, budget=budget, label=f"train {run.name}",
-    )  # fmt: skip
+    with _log(run, folder, after_step=done) if world.leads else nullcontext() as log:
+        finished = train(
+            run.train, engine=engine, plan=plan, world=world, checkpoints=checkpoints, first_step=done + 1,
+            feed=Feed(
+                corpus, cache, run.objective, run.train, world, vocabulary=engine.vocabulary, rounding=ROUNDING[_coarser(run)]
+            ),
+            log=log, drift=heldout_drift if "heldout" in corpus.splits else None, meters=_meters(model, world), budget=budget,
+            label=f"train {run.name}",
+        )  # fmt: skip
     if budget is not None and not budget.kept:
         say(f"The run ends with a drift of {budget.last:.3g} nats per token, above objective.drift_budget={budget.budget:g}. Lower "
             "train.lr, or measure more often (train.drift_every_steps).")  # fmt: skip
@@ -97,6 +111,21 @@ def train_run(
     if budget is not None:
         facts["budget"] = budget.facts()
     return _result(run, folder, finished.steps, done or None, facts)
+
+
+def _log(run: Run, folder: Location, *, after_step: int) -> MetricsLog:
+    """The log, and who follows it by `train.log`."""
+    settings = run.model_dump(mode="json")
+    followers: list[Follower] = [*trackers(run.train.log, folder, run_name=run.name, settings=settings)]
+    if run.train.log.tensorboard:
+        followers.append(Events(folder))
+    return MetricsLog(folder, after_step=after_step, followers=followers)
+
+
+def _meters(model: ModelFolder, world: World) -> Meters:
+    """All ranks' devices are taken to be such as this one's."""
+    peak = device_peak(torch.cuda.get_device_name()) if this_device().type == "cuda" else None
+    return Meters(arithmetic=Arithmetic.of(model), peak=None if peak is None else peak * world.size)
 
 
 def _coarser(run: Run) -> str:

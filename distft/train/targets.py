@@ -12,7 +12,8 @@ import torch
 
 from distft.corpus.reader import Document
 from distft.engine.base import MicroBatch
-from distft.engine.pack import lay_out, pack
+from distft.engine.pack import Layout, lay_out, pack
+from distft.engine.world import World
 from distft.objectives.distributions import DenseRows, SparseRows
 from distft.objectives.loss import PARTS, Targets
 from distft.objectives.treatment import Mask, Signals, Treatment
@@ -21,6 +22,8 @@ from distft.teacher.scores import Scores
 
 if TYPE_CHECKING:
     from distft.train.live import LiveTreatment
+
+ALONE = World()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +44,15 @@ class Treated:
         ce, kl, rkl, entropy, collision = (getattr(self.treatment, name) for name in PARTS)
         held: Mask = (kl != 0) | (rkl != 0)
         borne: Mask = held | (ce != 0) | (entropy != 0) | (collision != 0)
-        kept = Treatment(**{name: getattr(self.treatment, name)[borne] for name in self.treatment.__slots__})
-        scores = None if self.scores is None else _silence(self.scores.select(borne), held[borne])
-        quadrant = None if self.quadrant is None else self.quadrant[borne]
-        return replace(self, places=self.places[borne], treatment=kept, scores=scores, signals=None, quadrant=quadrant)
+        kept = self.select(borne)
+        return kept if kept.scores is None else replace(kept, scores=_silence(kept.scores, held[borne]))
+
+    def select(self, kept: Mask) -> Treated:
+        """Some of the tokens. What is known of all of the answer's goes."""
+        treatment = Treatment(**{name: getattr(self.treatment, name)[kept] for name in self.treatment.__slots__})
+        scores = None if self.scores is None else self.scores.select(kept)
+        quadrant = None if self.quadrant is None else self.quadrant[kept]
+        return replace(self, places=self.places[kept], treatment=treatment, scores=scores, signals=None, quadrant=quadrant)
 
 
 def supervised(document: Document, treatment: Treatment, scores: Scores | None = None) -> Treated:
@@ -58,13 +66,19 @@ def micro_batch(
     *,
     live: LiveTreatment | None = None,
     temperature: float = 1.0,
+    team: World = ALONE,
 ) -> tuple[MicroBatch, npt.NDArray[np.uint8]]:
     """Packs documents, and says which group each token is of. No documents give a batch that runs the backbone and trains nothing,
-    for a rank that has nothing to do. `teacher_rows` makes distributions of scores: `TeacherCache.rows`."""
+    for a rank that has nothing to do. `teacher_rows` makes distributions of scores: `TeacherCache.rows`. Of a `team` that shares the
+    rows, each rank has the rows whole, and its own part of all that is about a token."""
     documents = [one.document.tokens for one in treated] or [np.zeros(2, np.uint32)]
-    layout = lay_out([len(tokens) for tokens in documents])
+    layout = lay_out([len(tokens) for tokens in documents], ranks=team.size)
     none = np.zeros(0, np.int64)
-    predictor_N = np.concatenate([none, *(start + one.places - 1 for one, start in zip(treated, layout.starts, strict=False))])
+    if team.size > 1:
+        owners = _owners(treated, layout)
+        live = None if live is None else live.shared(np.concatenate([none, *owners]), team)
+        treated = [one.select(owner == team.rank) for one, owner in zip(treated, owners, strict=True)]
+    predictor_N = np.concatenate([none, *map(layout.own, _predictors(treated, layout))])
     labels_N = np.concatenate([none, *(one.document.tokens[one.places].astype(np.int64) for one in treated)])
     columns = {
         f"{name}_N": torch.from_numpy(
@@ -75,7 +89,7 @@ def micro_batch(
     }
     held_N = (columns["kl_N"] != 0) | (columns["rkl_N"] != 0)
     if live is not None and live.asks:
-        held_N |= torch.from_numpy(live.answers)
+        held_N |= torch.from_numpy(live.own_answers)
     scores = [one.scores for one in treated if one.scores is not None]
     teacher = teacher_rows(scores) if scores and bool(held_N.any()) else None
     if teacher is not None and not bool(held_N.all()):
@@ -89,8 +103,28 @@ def micro_batch(
     batch = MicroBatch(
         packed=pack(documents, layout), predictor_N=torch.from_numpy(predictor_N), targets=targets,
         selection=live if live is not None and live.rule.live == "sequence" else None,
+        documents=tuple(f"{one.document.file}:{one.document.row} ({one.document.digest[:12]})" for one in treated),
     )  # fmt: skip
     return batch, np.concatenate([np.zeros(0, np.uint8), *(one.treatment.group for one in treated)])
+
+
+def own_part(treated: Sequence[Treated], team: World) -> list[Treated]:
+    """Of a micro-batch of these documents, the tokens that this rank of a team has: those of `micro_batch`, in its order."""
+    if not treated:
+        return []
+    owners = _owners(treated, lay_out([len(one.document) for one in treated], ranks=team.size))
+    return [one.select(owner == team.rank) for one, owner in zip(treated, owners, strict=True)]
+
+
+def _predictors(treated: Sequence[Treated], layout: Layout) -> list[npt.NDArray[np.int64]]:
+    """Of each document's tokens, the place before each in the flattened rows. It may be another rank's than the token itself, which
+    its own rank then knows from the document."""
+    return [start + one.places - 1 for one, start in zip(treated, layout.starts, strict=False)]
+
+
+def _owners(treated: Sequence[Treated], layout: Layout) -> list[npt.NDArray[np.int64]]:
+    """Which rank of the team has each document's tokens: the one that has the predictor."""
+    return [layout.owners(places) for places in _predictors(treated, layout)]
 
 
 def scaled(batch: MicroBatch, factor_N: npt.NDArray[np.float32], *, kl_factor: float) -> MicroBatch:

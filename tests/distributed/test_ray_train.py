@@ -15,7 +15,7 @@ import pytest
 from distft.cluster.train import train_on_ranks
 from distft.config.load import load_config
 from distft.errors import TrainingError
-from tests.helpers.actors import await_end
+from tests.helpers.actors import await_end, descendants
 from tests.helpers.cluster import Cluster
 from tests.helpers.ranked import killed_twice, mistaken, without_numbers
 from tests.helpers.runs import Bench, Done, copy_bench
@@ -142,16 +142,6 @@ def struck(bench: Bench, number: signal.Signals) -> Done:
     done = process.wait()
     assert not await_end({pid for pid in below if not is_agent(pid)}, 60)
     return done
-
-
-def descendants(pid: int) -> set[int]:
-    found: set[int] = set()
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found |= {int(word) for word in task.read_text().split()}
-        except OSError:
-            continue  # it has ended
-    return found | {below for child in found for below in descendants(child)}
 
 
 def is_agent(pid: int) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from distft.train.meters import MACHINE
 from tests.helpers.runs import Bench, Done, files
 
 # Where a process waits to be shot: a module, a class or "", a function of it, and which of its calls.
@@ -21,7 +22,7 @@ PLACES = {
     "train": ("distft.engine.local", "LocalEngine", "train_step", 3),
     "log": ("distft.train.loop", "MetricsLog", "add", 4),
     "checkpoint": ("distft.train.checkpoint", "", "commit", 2),
-    "export": ("distft.export", "", "commit", 1),
+    "export": ("distft.export.stage", "", "commit", 1),
     "evaluate": ("distft.evaluate.stage", "", "_likelihoods", 2),
     "report": ("distft.report.page", "", "write_report", 1),
 }
@@ -82,7 +83,7 @@ def outcome(bench: Bench) -> dict[str, Any]:
             one.pop("items")
     weights = {name: tensor.numpy().tobytes() for name, tensor in load_file(run / "model" / "model.safetensors").items()}
     return {
-        "weights": weights, "lines": [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines],
+        "weights": weights, "lines": [{k: v for k, v in line.items() if k not in MACHINE} for line in lines],
         "summary": summary, "checkpoints": sorted(path.parent.name for path in run.glob("checkpoints/*/MANIFEST.json")),
     }  # fmt: skip
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,69 @@ def mistaken(folder: str) -> dict[str, Any]:
             raise KeyError("a mistake of ours")
         world.barrier()
     return {}
+
+
+def with_fewer(run: Run, folder: str, how: signal.Signals) -> dict[str, Any]:
+    """A run whose sixth step ends the other machine in this way: its part of Ray, and with it the rank."""
+
+    def before(taken: int) -> None:
+        if taken == 6 and ranks.size() == 2 and is_elsewhere(Path(folder)):
+            time.sleep(0.5)  # what is being saved may be kept
+            os.kill(os.getppid(), how)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return stepwise(run, Path(folder), before)
+
+
+def with_more(run: Run, folder: str) -> dict[str, Any]:
+    """A run that in its fifth step waits for another machine, and then takes its time until it has a second rank."""
+
+    def before(taken: int) -> None:
+        if ranks.size() == 1 and taken >= 5:
+            Path(folder, "waits").touch()
+            while not Path(folder, "joined").exists():
+                time.sleep(0.05)
+            time.sleep(0.3)
+
+    return stepwise(run, Path(folder), before)
+
+
+def stepwise(run: Run, folder: Path, before: Callable[[int], None]) -> dict[str, Any]:
+    """A run that calls this before each step that this process takes, and notes after it how many ranks took it."""
+    from distft.engine.local import LocalEngine
+    from distft.pipeline import train_here
+
+    engines: list[Any] = [LocalEngine]
+    if run.train.engine == "auto" and ranks.size() > 1:
+        from distft.engine.zero3 import Zero3Engine
+
+        engines.append(Zero3Engine)
+    taken = 0
+
+    def patched(plain: Any) -> Any:
+        def train_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal taken
+            taken += 1
+            before(taken)
+            values = plain(self, *args, **kwargs)
+            if ranks.rank() == 0:
+                with (folder / "taken").open("a") as file:
+                    file.write(f"{ranks.size()}\n")
+            return values
+
+        return train_step
+
+    for engine in engines:
+        engine.train_step = patched(engine.train_step)
+    return train_here(run)
+
+
+def is_elsewhere(folder: Path) -> bool:
+    """Whether this rank's part of Ray is not the one that the folder names, the driver's."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id() != (folder / "here").read_text()
+
+
+def how_many() -> dict[str, Any]:
+    return {"ranks": ranks.size()}

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from distft.errors import MissingArtifactError
-from distft.export import export_run
+from distft.export.stage import export_run
+from distft.store.location import PARTIAL
 from distft.store.manifest import read_manifest, verify_files
-from tests.helpers.stores import Lab, lab, loaded, random_documents, shared_model
-
-FAMILIES = ["llama", "llama_untied_padded", "qwen3", "gemma3_softcap_sliding"]
+from distft.store.model_folder import ModelFolder, resolve_model
+from tests.helpers.models import tiny_model_folder
+from tests.helpers.stores import FAMILIES, Lab, lab, loaded, random_documents, shared_model
 
 
 def trained(folder: Path, family: str = "llama", **sections: Any) -> Lab:
@@ -45,7 +46,7 @@ def test_transformers_computes_the_engines_logits(tmp_path: Path, family: str) -
         tokens = torch.from_numpy(one.tokens.astype("int64"))[None]
         with torch.no_grad():
             theirs, ours = (m(input_ids=tokens, use_cache=False).logits for m in (reloaded, whole))
-        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+        assert torch.equal(theirs, ours)
     names = dict(reloaded.named_parameters())
     weights = dict(engine.weights())
     assert names.keys() == weights.keys()
@@ -59,8 +60,6 @@ def test_transformers_computes_the_engines_logits(tmp_path: Path, family: str) -
 
 def test_the_exported_model_goes_through_the_same_door(tmp_path: Path) -> None:
     """It is a model folder again, and has the identity of no other; its settings and tokenizer are those it came with."""
-    from distft.store.model_folder import resolve_model
-
     made = trained(tmp_path)
     folder = export(made)
     again = resolve_model(str(folder), None)
@@ -75,11 +74,43 @@ def test_the_exported_model_goes_through_the_same_door(tmp_path: Path) -> None:
 
 
 def test_bfloat16_export_is_the_rounded_float32_weights(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     made = trained(tmp_path, dtype="bfloat16")
-    folder, weights = export(made), dict(made.restored().weights())
-    written = load_file(folder / "model.safetensors")
+    folder, engine = export(made), made.restored()
+    weights, written = dict(engine.weights()), load_file(folder / "model.safetensors")
     assert written.keys() <= weights.keys()
     assert all(torch.equal(written[name], weights[name].bfloat16()) for name in written)
+    # What the engine's passes read is the same rounding, so that its logits are the same to the bit.
+    reloaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    tokens = torch.from_numpy(next(iter(made.corpus.documents("train"))).tokens.astype("int64"))[None]
+    with torch.no_grad():
+        theirs, ours = (m.eval()(input_ids=tokens, use_cache=False).logits for m in (reloaded, engine.model.whole))
+    assert theirs.dtype == torch.bfloat16
+    assert torch.equal(theirs, ours)
+
+
+def test_small_files_hold_what_one_does(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    made = lab(
+        tmp_path,
+        documents=random_documents(6, seed=3),
+        model=_large(tmp_path),
+        objective={"kind": "sft"},
+        train={"max_steps": 2, "warmup_steps": 1},
+    )
+    made.train()
+    folder = export(made.changed(export={"shard_bytes": 1 << 20}))
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    assert not (folder / "model.safetensors").exists()
+    reloaded: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    weights = dict(made.restored().weights())
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in reloaded.named_parameters())
+
+
+def _large(folder: Path) -> ModelFolder:
+    return resolve_model(str(tiny_model_folder(folder / "large", hidden=128, layers=4, vocabulary=280)), None)
 
 
 def test_a_second_export_leaves_the_first_alone_and_another_dtype_replaces_it(tmp_path: Path) -> None:
@@ -103,7 +134,7 @@ def test_an_interrupted_export_is_no_model_and_is_done_again(tmp_path: Path, mon
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("distft.export.commit", die)
+        patch.setattr("distft.export.stage.commit", die)
         with pytest.raises(Killed):
             export(made)
     folder = made.run_folder.child("model")
@@ -117,8 +148,7 @@ def test_an_interrupted_export_is_no_model_and_is_done_again(tmp_path: Path, mon
     assert manifest is not None
     verify_files(folder, manifest)
     assert sorted(folder.names(recursive=True)) == sorted(["MANIFEST.json", *(entry.name for entry in manifest.files)])
-    beside = made.run_folder.folders()
-    assert sorted(beside) == ["checkpoints", "model"]
+    assert not [*(made.folder / "store").rglob(f"{PARTIAL}*")], "no scratch is left"
 
 
 def test_a_run_without_a_checkpoint_cannot_be_exported(tmp_path: Path) -> None:

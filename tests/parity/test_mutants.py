@@ -92,7 +92,7 @@ FORWARD = "distft.teacher.forward:"
 MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
     # --- alignment
     "the student's predictor is the label's own place": (
-        Mutant(f"{TARGETS}micro_batch", "start + one.places - 1", "start + one.places"), [BY_HAND]),
+        Mutant(f"{TARGETS}_predictors", "start + one.places - 1", "start + one.places"), [BY_HAND]),
     "the student's labels are the tokens before": (
         Mutant(f"{TARGETS}micro_batch", "document.tokens[one.places]", "document.tokens[one.places - 1]"), [BY_HAND]),
     "the teacher's predictor is the label's own place": (
@@ -413,7 +413,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant(f"{BATCHES}Feed.step", "    batches = ", "    rows = (rows + self.world.rank) % len(self.lengths)\n    batches = "),
         [guard(test_batches.test_any_number_of_ranks_consumes_the_same_tokens_per_step, size=2)]),
     "what does not come out even is left out": (
-        Mutant(f"{BATCHES}share", "-(-len(batches) // world.size)", "len(batches) // world.size"),
+        Mutant(f"{BATCHES}share", "-(-len(batches) // teams)", "len(batches) // teams"),
         [guard(test_batches.test_any_number_of_ranks_consumes_the_same_tokens_per_step, size=3)]),
     # --- packing
     "documents of a row see each other": (
@@ -489,7 +489,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         [guard(test_own_teacher.test_a_cache_that_is_about_other_tokens_is_refused, damage="rows are swapped", dtype="float32")]),
     # --- export
     "the model is exported as it was before training": (
-        Mutant("distft.export:_write_model", "name: tensor.to(DTYPES[dtype])", "name: torch.zeros_like(tensor, dtype=DTYPES[dtype])"),
+        Mutant("distft.export.write:stored_bytes", "_bytes_of(run.to(source.dtype))", "_bytes_of(torch.zeros_like(run.to(source.dtype)))"),
         [guard(test_export.test_transformers_computes_the_engines_logits, family="llama")]),
 }  # fmt: skip
 

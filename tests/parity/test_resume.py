@@ -17,6 +17,7 @@ from distft.errors import CorruptArtifactError, MissingArtifactError, StaleArtif
 from distft.stopping import Interrupted
 from distft.store.model_folder import resolve_model
 from distft.train.checkpoint import Checkpoints
+from distft.train.meters import MACHINE
 from distft.train.record import read_metrics
 from tests.helpers.models import tiny_model_folder
 from tests.helpers.stores import Lab, bits, differing, lab, random_documents, shared_model, write_corpus
@@ -62,7 +63,7 @@ def prepared(folder: Path, **sections: Any) -> Lab:
 def outcome(made: Lab) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """The last checkpoint's weights and moments, and the metrics but for the clock."""
     lines = read_metrics(made.run_folder)
-    return bits(made.restored()), [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return bits(made.restored()), [{k: v for k, v in line.items() if k not in MACHINE} for line in lines]
 
 
 def assert_equal(one: tuple[dict[str, Tensor], list[Any]], two: tuple[dict[str, Tensor], list[Any]]) -> None:

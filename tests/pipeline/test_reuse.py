@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ import pytest
 
 from distft.store.digest import YOUNG_SECONDS
 from distft.teacher import scorer
+from tests.helpers.opened import listening
 from tests.helpers.runs import Bench
 
 
@@ -40,12 +40,6 @@ def test_reuse_only_refuses_what_would_be_scored(bench: Bench) -> None:
 def scores_nothing(bench: Bench, *overrides: str, unread: Callable[[str], bool]) -> None:
     """Another `score` with these overrides opens no such file: neither by Python, which an audit hook hears, nor by the loader, which
     opens files on its own."""
-    opened: list[str] = []
-    active = True
-
-    def hear(event: str, arguments: tuple[object, ...]) -> None:
-        if active and event == "open" and unread(str(arguments[0])):
-            opened.append(str(arguments[0]))
 
     def load(*_: object, **__: object) -> object:
         raise AssertionError("the teacher was loaded")
@@ -54,11 +48,8 @@ def scores_nothing(bench: Bench, *overrides: str, unread: Callable[[str], bool])
     bench.run("plan")  # digests of the model's files are known after this
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scorer, "load_model", load)
-        sys.addaudithook(hear)
-        try:
+        with listening(unread) as opened:
             told = bench.run("score", *overrides).json
-        finally:
-            active = False  # the hook itself can never be taken off
     assert told["documents_scored"] == told["tokens_scored"] == 0
     assert opened == []
 

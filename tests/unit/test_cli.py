@@ -17,8 +17,9 @@ from distft.stopping import Interrupted
 from tests.helpers.runs import Bench, Done, distft
 
 RUN_VERBS = ("plan", "tokenize", "score", "train", "export", "evaluate", "report", "run")
-VERBS = (*RUN_VERBS, "cache", "demo")
+VERBS = (*RUN_VERBS, "cache", "checkpoint", "demo")
 CACHE_VERBS = ("list", "show", "verify", "prune")
+CHECKPOINT_VERBS = ("export", "import")
 HEAVY = {"torch", "ray", "deepspeed", "transformers", "accelerate", "datasets", "pyarrow.parquet", "matplotlib"}
 
 # Runs the console script's function, and tells at the end what it has loaded.
@@ -44,7 +45,8 @@ def spied(tmp_path: Path, *arguments: str) -> tuple[Done, set[str]]:
 
 @pytest.mark.parametrize(
     "arguments", [
-        ("--help",), *((verb, "--help") for verb in VERBS), *(("cache", verb, "--help") for verb in CACHE_VERBS), ("--version",),
+        ("--help",), *((verb, "--help") for verb in VERBS), *(("cache", verb, "--help") for verb in CACHE_VERBS),
+        *(("checkpoint", verb, "--help") for verb in CHECKPOINT_VERBS), ("--version",),
     ], ids=" ".join,
 )  # fmt: skip
 def test_help_loads_nothing_heavy(tmp_path: Path, arguments: tuple[str, ...]) -> None:

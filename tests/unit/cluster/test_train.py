@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from distft.cluster.desk import Advanced, Closed, Ended, Failed, Finished, Opened, Rank, Said, Stopped
+from distft.cluster.desk import Advanced, Closed, Ended, Failed, Finished, Opened, Rank, Resized, Said, Stopped
 from distft.cluster.train import _Run
 from distft.errors import ConfigError, DistftError, LostRankError
 from distft.stopping import Interrupted
@@ -69,6 +69,19 @@ def test_results_and_stops() -> None:
     assert after(ONE, TWO, Finished({"steps": 3}))._end("") == {"steps": 3}
     with pytest.raises(Interrupted, match="after step 3"):
         after(ONE, TWO, Stopped("Stopped after step 3."), Stopped("Stopped after step 3."))._end("")
+
+
+def test_another_number_of_ranks_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Opened(0, "train", 4.0, "steps", 0.0)
+    run = after(ONE, bar, Failed(ONE, DistftError("of those that went")), Resized())
+    assert (run.meters, run.runs, run.starts_over) == ({}, False, 0)
+    assert str(run._stopped_between()) == "Stopped while the ranks were to start again."
+    for event in (Rank(0, "here", 12), TWO, Finished({"steps": 4})):
+        run._take(event)
+    assert run.runs
+    assert run._end("") == {"steps": 4}
+    assert str(after()._stopped_between()) == "Stopped before training began."
+    assert capsys.readouterr().err == ""
 
 
 def test_voices_and_bars_are_replayed_and_taken_down(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,14 @@ TASK = {"kind": "generate", "name": "x", "path": "p"}
     ("document", "says"),
     [
         (run(train={"engine": "local", "zero3": {"offload_optimizer": True}}), "train.zero3.offload_optimizer moves what"),
+        (
+            run(train={"sequence_parallel": 4, "workers": 6}),
+            "train.sequence_parallel=4 has as many ranks share each row, and train.workers=6 is no multiple",
+        ),
+        (
+            run(train={"sequence_parallel": 2, "workers": [2, 4]}),
+            "train.workers=[2, 4] lets the number of ranks change, and train.sequence_parallel=2 needs a multiple of 2",
+        ),
         (run(objective={"kind": "sft_kl"}, score=NONE), "objective.kind=sft_kl needs the teacher's distribution"),
         (run(objective={"kind": "stm_kl"}, score=NONE), "objective.kind=stm_kl needs the teacher's distribution"),
         (
@@ -119,6 +127,8 @@ def test_a_pair_that_cannot_be(document: dict[str, Any], says: str) -> None:
         run(data=data(path="data/t.jsonl", subset="b")),
         run(data=data(path="data/h.jsonl"), train={"drift_every_steps": 5}),
         run(train={"max_steps": 20}),
+        run(train={"sequence_parallel": 4, "workers": 8}),
+        run(train={"sequence_parallel": 4}),
         run(objective={"kind": "sft", "prompt_kl": 0.1, "drift_budget": 0.1}, score={"positions": "all"}, **MEASURED),
         run(objective={"kind": "eksft", "drift_budget": 0.1}, **MEASURED),
         run(

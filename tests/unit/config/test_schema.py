@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from distft.config.load import validate
+from distft.config.load import dump, validate
 from distft.config.schema import Run
 from distft.errors import ConfigError
 
@@ -52,6 +53,7 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
     ("score.tokens_per_batch", [0, -5], [1]),
     ("score.workers", [0, -1, "all"], [1, 2, "auto"]),
     ("score.tensor_parallel", [0, 65, "auto"], [1, 2, 64]),
+    ("train.sequence_parallel", [0, 1025, "auto"], [1, 2, 1024]),
     ("cluster.address", ["", "here", "h:", ":1", "h:123456", "a b:1", "h:1\n", "u@h:1", "ray://h:1"], ["local", "auto", "h-1.x:6379"]),
     ("objective", [{"kind": "sft_kl", "kl": 0}, {"kind": "sft_kl", "kl": -1}], [{"kind": "sft_kl", "kl": 1e-9}]),
     ("objective", [{"kind": "stm", "tau": 1}, {"kind": "stm", "tau": 0.5}], [{"kind": "stm", "tau": 1.001}]),
@@ -84,7 +86,7 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
     ("train.clip", [0, -1], [1e-3, None]),
     ("train.seed", [-1, 2**32], [0, 2**32 - 1]),
     ("train.drift_every_steps", [0, -1], [1, None]),
-    ("train.workers", [0, -1, "all"], [1, 2, "auto"]),
+    ("train.workers", [0, -1, "all", [2], [0, 2], [3, 2], [1, 2, 3], [1, "2"], [1, True]], [1, 2, "auto", [1, 1], [1, 2]]),
     ("train.restarts", [-1, None], [0, 3]),
     ("train.checkpoint.every_steps", [0, -1], [1, None]),
     ("train.checkpoint.keep", [0, -1], [1]),
@@ -191,6 +193,20 @@ def test_every_section_is_strict() -> None:
     for section in found:
         for rule, value in (("extra", "forbid"), ("frozen", True), ("strict", True), ("allow_inf_nan", False)):
             assert section.model_config.get(rule) == value, f"{section.__name__}: {rule}"
+
+
+def test_a_range_of_ranks() -> None:
+    """What it admits, what a file says of it, and what is said of one that is none."""
+    found = {repr(given): validate(with_value("train.workers", given), where="").train for given in ("auto", 3, [3, 3], [1, 3])}
+    assert {given: (train.workers, train.least_ranks, train.most_ranks) for given, train in found.items()} == {
+        "'auto'": ("auto", 1, None), "3": (3, 3, 3), "[3, 3]": (3, 3, 3), "[1, 3]": ((1, 3), 1, 3),
+    }  # fmt: skip
+    run = validate(with_value("train.workers", [1, 3]), where="")
+    assert validate(yaml.safe_load(dump(run)), where="") == run
+    with pytest.raises(ConfigError) as told:
+        validate(with_value("train.workers", [3, 1]), where="")
+    wanted = "should be a number from 1, auto, or [min, max] with 1 <= min <= max"
+    assert told.value.problem.endswith(f"\n  train.workers: [3, 1]: {wanted}")
 
 
 def test_the_teacher_is_the_model_unless_it_is_another() -> None:

@@ -75,3 +75,17 @@ def test_packing_is_a_function_of_the_lengths(lengths: list[int], budget: int) -
 @pytest.mark.parametrize("budget", [8, 16, 24, 1000])
 def test_a_batch_takes_what_fits_and_no_less(budget: int) -> None:
     assert [len(batch) for batch in batches_by_tokens([8] * 12, budget)] == [min(12, budget // 8)] * (12 // min(12, budget // 8))
+
+
+@QUICK
+@given(lengths=lengths_lists, ranks=st.integers(1, 5))
+def test_each_place_of_a_shared_row_is_one_ranks_own(lengths: list[int], ranks: int) -> None:
+    layout = lay_out(lengths, ranks=ranks)
+    assert layout.width % ranks == 0
+    assert max(lengths) <= layout.width < max(lengths) + ranks
+    places = np.arange(layout.rows * layout.width)
+    whole = places.reshape(layout.rows, ranks, -1)
+    for rank in range(ranks):
+        mine = places[layout.owners(places) == rank]
+        assert mine.tolist() == whole[:, rank].flatten().tolist()
+        assert layout.own(mine).tolist() == list(range(len(mine)))

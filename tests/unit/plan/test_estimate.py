@@ -8,8 +8,8 @@ import pytest
 
 from distft.config.load import validate
 from distft.config.schema import Run
-from distft.plan.estimate import HEAD_BUFFER_BYTES, Estimate, estimate, head_bytes, memory_per_rank, teacher_bytes_per_token
-from distft.plan.measured import TokenBytes
+from distft.plan.estimate import Estimate, estimate, head_bytes, teacher_bytes_per_token
+from distft.plan.measured import Lengths, TokenBytes
 from distft.plan.show import plan_text
 
 CONFIG = {"num_hidden_layers": 16, "hidden_size": 2048, "vocab_size": 128_256}
@@ -20,42 +20,19 @@ def run(**sections: Any) -> Run:
     return validate({"name": "a", "model": {"path": "m"}, "data": {"train": {"path": "t"}}, **sections}, where="")
 
 
-def test_the_heads_buffers_are_those_of_the_loss() -> None:
-    from distft.objectives.loss import BUFFER_BYTES
-
-    assert HEAD_BUFFER_BYTES == BUFFER_BYTES
-
-
-def test_a_billion_parameters_in_bfloat16() -> None:
-    """20 bytes a parameter before activations: 2 + 2 in bfloat16, 4 x 4 in float32."""
-    small = memory_per_rank(run(train={"micro_batch_tokens": 2}), BILLION, CONFIG)
-    assert 20 * BILLION < small < 22.5 * BILLION
-    assert memory_per_rank(run(train={"micro_batch_tokens": 2}), BILLION, {**CONFIG, "vocab_size": 0}) == pytest.approx(
-        small - 6 * 128_256 * 2048  # the head's gradient, summed in float32 and rounded
-    )
-    assert memory_per_rank(run(model={"path": "m", "dtype": "float32"}, train={"micro_batch_tokens": 2}), BILLION, CONFIG) < small
-
-
-def test_what_saves_memory_saves_it_in_the_estimate() -> None:
-    usual = memory_per_rank(run(), BILLION, CONFIG)
-    assert memory_per_rank(run(train={"gradient_checkpointing": True}), BILLION, CONFIG) < usual
-    assert memory_per_rank(run(train={"micro_batch_tokens": 1024}), BILLION, CONFIG) < usual
-
-
-def test_ranks_share_what_zero3_shares() -> None:
-    whole = memory_per_rank(run(train={"micro_batch_tokens": 2}), BILLION, CONFIG)
-    eight = memory_per_rank(run(train={"micro_batch_tokens": 2, "workers": 8}), BILLION, CONFIG)
-    head = 6 * 128_256 * 2048 + HEAD_BUFFER_BYTES
-    assert 20 * BILLION / 8 < eight - head < 20 * BILLION / 8 + 2 * (128_256 * 2048 + 2 * BILLION / 16) + 10_000_000
-    assert memory_per_rank(run(train={"micro_batch_tokens": 2, "workers": 8, "engine": "local"}), BILLION, CONFIG) == whole
+def test_a_checkpoint_is_three_float32_numbers_a_parameter() -> None:
     assert guess(run(), None).checkpoint_bytes == 12 * BILLION
+
+
+def of(tokens: int, longest: int = 1000) -> Lengths:
+    return Lengths(tokens=tokens, longest=longest, share_rows=True)
 
 
 def guess(given: Run, tokens: int | None, **figures: Any) -> Estimate:
     """An estimate of a model that is its own teacher, half of whose tokens are scored."""
     usual = {
         "parameters": BILLION, "teacher_parameters": BILLION, "config": CONFIG, "known": TokenBytes(amount=60.0, basis="estimated"),
-        "tokens": tokens, "scored_tokens": None if tokens is None else tokens // 2, "trained_tokens": tokens,
+        "tokens": tokens, "scored_tokens": None if tokens is None else tokens // 2, "lengths": None if tokens is None else of(tokens),
     }  # fmt: skip
     return estimate(given, **(usual | figures))
 

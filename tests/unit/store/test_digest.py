@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,7 +226,7 @@ def test_a_large_file_is_shown_as_it_is_read(tmp_path: Path, monkeypatch: pytest
     advanced: list[float] = []
 
     class Meter:
-        def advance(self, amount: float = 1.0, note: str = "") -> None:
+        def advance(self, amount: float = 1.0, note: str = "", figures: Any = None) -> None:
             advanced.append(amount)
 
     monkeypatch.setattr(digest, "track", lambda *_: contextlib.nullcontext(Meter()))

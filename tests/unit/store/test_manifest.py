@@ -249,7 +249,7 @@ def test_verify_counts_every_byte(store: Location, monkeypatch: pytest.MonkeyPat
     class Meter:
         done = 0.0
 
-        def advance(self, amount: float = 1.0, note: str = "") -> None:
+        def advance(self, amount: float = 1.0, note: str = "", figures: Any = None) -> None:
             self.done += amount
 
     meter = Meter()

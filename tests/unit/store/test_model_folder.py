@@ -282,3 +282,18 @@ def test_heads_are_shared_whole_or_not_at_all(tmp_path: Path, heads: int, keys: 
     with pytest.raises(ModelError, match=f"among {ranks} ranks: it has {heads}, with {keys}") as caught:
         folder.check_shared_by(ranks)
     assert caught.value.help == f"Set score.tensor_parallel to one of 1, {keys}."
+
+
+@pytest.mark.parametrize(
+    ("heads", "keys", "possible"),
+    [(8, 2, [1, 2, 4, 8]), (8, 1, [1, 2, 4, 8]), (9, 3, [1, 3, 9]), (12, 4, [1, 2, 4, 12]), (14, 2, [1, 2, 14])],
+)
+def test_rows_are_shared_by_ranks_that_each_have_whole_heads(tmp_path: Path, heads: int, keys: int, possible: list[int]) -> None:
+    folder = ModelFolder(tmp_path, {"text_config": {"num_attention_heads": heads, "num_key_value_heads": keys}})
+    for ranks in range(1, heads + 2):
+        if ranks in possible:
+            folder.check_rows_shared_by(ranks)
+            continue
+        with pytest.raises(ModelError, match=f"among {ranks} ranks: it has {heads}, with {keys}") as caught:
+            folder.check_rows_shared_by(ranks)
+        assert caught.value.help == f"Set train.sequence_parallel to one of {', '.join(map(str, possible))}."

@@ -21,7 +21,8 @@ from distft.errors import CorruptArtifactError
 from distft.store import blocks, put
 from distft.store.location import Location, open_location
 from distft.store.manifest import Manifest
-from distft.train.rank_files import PARTS, Layout, Memory, manifest_facts, put_rank_file, read_slices
+from distft.train import rank_files
+from distft.train.rank_files import PARTS, Layout, Memory, manifest_facts, pass_weights, put_rank_file, read_slices
 
 SHAPES = {"embed": (37, 8), "norm": (8,), "one": (1,), "layers.0.w": (16, 24), "layers.1.w": (5, 3, 2), "b": (3,)}
 
@@ -266,3 +267,56 @@ def test_another_models_parameters(store: Location, saved: Callable[[int], Manif
         list(read_slices(store, saved(1), [Wanted("norm", (9,), 0, 9)]))
     with pytest.raises(CorruptArtifactError, match=r"other, of the shape \[9\], is not in it"):
         list(read_slices(store, saved(1), [Wanted("other", (9,), 0, 9)]))
+
+
+def passed(store: Location, manifest: Manifest) -> dict[str, Tensor]:
+    """What comes out from front to back, put together."""
+    runs: dict[str, list[Tensor]] = {}
+    for name, run in pass_weights(store, manifest, memory=1):
+        assert name in list(runs)[-1:] or name not in runs, "the runs of a parameter follow each other"
+        runs.setdefault(name, []).append(run)
+    return {name: torch.cat(found).view(SHAPES[name]) for name, found in runs.items()}
+
+
+@pytest.mark.parametrize("piece", [8, 64, 1 << 16])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 40])
+def test_weights_pass_from_front_to_back_whoever_wrote_them(
+    store: Location, saved: Callable[[int], Manifest], monkeypatch: pytest.MonkeyPatch, ranks: int, piece: int
+) -> None:
+    monkeypatch.setattr(rank_files, "PIECE_BYTES", (piece, piece))
+    found = passed(store, saved(ranks))
+    assert list(found) == list(SHAPES)
+    assert all(torch.equal(found[name], FULL["weight"][name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("piece", [8, 1 << 16])
+@pytest.mark.parametrize("at", [0, 8, 100, 250, 1500, -1])
+def test_no_damaged_weight_passes_unseen(
+    store: Location, saved: Callable[[int], Manifest], monkeypatch: pytest.MonkeyPatch, at: int, piece: int
+) -> None:
+    """Wherever in what is read the byte lies, in the head too; -1 is the last byte of the last weight."""
+    monkeypatch.setattr(rank_files, "PIECE_BYTES", (piece, piece))
+    manifest = saved(2)
+    entry = manifest.files[0]
+    layout = Layout([(name, tuple(shape)) for name, shape in manifest.facts["parameters"]], 2)
+    path = store.local(entry.name)
+    assert path is not None
+    data = bytearray(path.read_bytes())
+    last = 8 + int.from_bytes(data[:8], "little") + 4 * layout.elements(entry.facts["rank"]) - 1
+    data[at if at >= 0 else last] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptArtifactError, match="is damaged between bytes"):
+        passed(store, manifest)
+
+
+def test_a_file_that_vanished_or_ends_early_does_not_pass(store: Location, saved: Callable[[int], Manifest]) -> None:
+    manifest = saved(3)
+    path = store.local(manifest.files[1].name)
+    assert path is not None
+    data = path.read_bytes()
+    path.write_bytes(data[:-300])
+    with pytest.raises(CorruptArtifactError, match="ends at byte"):
+        passed(store, manifest)
+    path.unlink()
+    with pytest.raises(CorruptArtifactError, match="is in the manifest, and gone"):
+        passed(store, manifest)
