@@ -132,8 +132,8 @@ def distft(*arguments: str) -> Done:
 _server = multiprocessing.get_context("forkserver")
 # Imported once, in a process without threads that forks the others: a command starts in a moment instead of in ten seconds.
 _server.set_forkserver_preload([
-    "distft.pipeline", "distft.teacher.build", "distft.train.stage", "distft.export.stage", "distft.evaluate.stage", "distft.report.page",
-    "transformers.models.llama.modeling_llama", "tests.helpers.runs",
+    "distft.pipeline", "distft.teacher.build", "distft.train.stage", "distft.export.stage", "distft.evaluate.stage",
+    "distft.report.page", "transformers.models.llama.modeling_llama", "tests.helpers.runs",
 ])  # fmt: skip
 
 

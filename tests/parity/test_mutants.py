@@ -489,7 +489,8 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         [guard(test_own_teacher.test_a_cache_that_is_about_other_tokens_is_refused, damage="rows are swapped", dtype="float32")]),
     # --- export
     "the model is exported as it was before training": (
-        Mutant("distft.export.write:stored_bytes", "_bytes_of(run.to(source.dtype))", "_bytes_of(torch.zeros_like(run.to(source.dtype)))"),
+        Mutant("distft.export.write:stored_bytes", "_bytes_of(run.to(source.dtype))",
+               "_bytes_of(torch.zeros_like(run.to(source.dtype)))"),
         [guard(test_export.test_transformers_computes_the_engines_logits, family="llama")]),
 }  # fmt: skip
 
