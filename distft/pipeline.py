@@ -191,7 +191,10 @@ class Pipeline:
         corpus = self.corpus()
         cache = self._cache(corpus)
         self._writing_to(self.folder)
-        less = "Lower train.micro_batch_tokens, or set train.gradient_checkpointing=true: neither changes what is learned."
+        less = (
+            "Lower train.micro_batch_tokens, set train.gradient_checkpointing=true, or have ranks share rows by "
+            "train.sequence_parallel: none changes what is learned."
+        )
         with enough_memory(less), join_world() as world:
             return train_run(self.run, self.model, corpus, cache, self.store, world)
 

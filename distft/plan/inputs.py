@@ -31,6 +31,8 @@ def check_inputs(run: Run, *, model: Callable[[], ModelFolder], teacher: Callabl
         reads["teacher"] = lambda: resolve_model(another, run.teacher.revision).weight_files()
     if group > 1:
         reads["score.tensor_parallel"] = lambda: teacher().check_shared_by(group)
+    if run.train.sequence_parallel > 1:
+        reads["train.sequence_parallel"] = lambda: model().check_rows_shared_by(run.train.sequence_parallel)
     reads |= {
         f"data.{name}": partial(lambda source: next(rows(source)), source)
         for name, source in (("train", data.train), ("heldout", data.heldout))

@@ -332,6 +332,11 @@ def test_a_plan_looks_at_the_data(bench: Bench, spoil: Spoil) -> None:
     bench.refused("plan", status=2, says="")
 
 
+def test_a_plan_counts_attention_heads(bench: Bench) -> None:
+    seven = ("train.workers=7", "train.sequence_parallel=7")
+    bench.refused("plan", *seven, status=2, says="attention heads cannot be shared evenly among 7 ranks")
+
+
 def test_a_model_of_an_earlier_step_is_not_judged_for_the_run(finished: Bench) -> None:
     checkpoints = finished.store / "runs" / "first" / "checkpoints"
     newest = sorted(checkpoints.glob("step-*"))[-1]

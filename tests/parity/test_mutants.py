@@ -436,7 +436,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant("distft.train.loop:train", "torch.manual_seed(_step_seed(config.seed, step, world.rank))",
                "torch.manual_seed(0) if step == first_step else None"), [DROPOUT]),
     "a checkpoint's bytes are not checked": (
-        Mutant("distft.store.blocks:_Blocks._fetch", "if found != digests[number]:", "if not found:"),
+        Mutant("distft.store.blocks:check_block", "if found != promised:", "if not found:"),
         [guard(test_resume.test_a_damaged_checkpoint_is_named_and_the_one_before_serves, damage="weight")]),
     "a checkpoint of other settings is taken up": (
         Mutant("distft.train.checkpoint:Checkpoints._own", "if changed:", "if False:"),
