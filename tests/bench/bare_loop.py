@@ -43,7 +43,7 @@ SMOLLM2 = {
 }  # fmt: skip
 LENGTHS = (176, 112, 96, 80, 64, 32)
 """Two micro-batches; in the second, two documents share a row."""
-ROUNDS, LR = 3, 1e-5
+ROUNDS, LR = 5, 1e-5
 ENTRIES: dict[str, Any] = {"distribution": {"kind": "topk", "k": 64, "min_prob": 0.0}}
 
 CASES: dict[str, tuple[dict[str, Any], float]] = {

@@ -57,8 +57,9 @@ def test_how_long_a_step_waits(tmp_path: Path, store: Location) -> None:
     shares = [line["data_seconds"] / line["seconds"] for line in lines]
     seconds = statistics.median(line["seconds"] for line in lines)
     whole = sum(line["data_seconds"] for line in lines) / sum(line["seconds"] for line in lines)
+    where = "S3" if store.url.startswith("s3:") else "disk"
     print(
-        f"\n{store.url.partition(':')[0]}: {STEPS} steps of {seconds:.2f} s, load {os.getloadavg()[0]:.1f}; waiting "
-        f"{statistics.median(shares):.3%} of a step, {max(shares[1:]):.3%} of the worst but the first, {shares[0]:.3%} of the first, "
-        f"{whole:.3%} of all; staged in {staging:.1f} s"
+        f"\n{where}: {STEPS} steps of {seconds:.2f} s, load {os.getloadavg()[0]:.1f}; waiting {statistics.median(shares):.3%} of a "
+        f"step, {max(shares[1:]):.3%} of the worst but the first, {shares[0]:.3%} of the first, {whole:.3%} of all; staged in "
+        f"{staging:.1f} s"
     )
