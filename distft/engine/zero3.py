@@ -73,7 +73,8 @@ class Zero3Engine(Stepper):
         self._check_partition()
         check_bytes(folder, whole.named_parameters(), lambda p: p.ds_tensor.data, world)  # pyright: ignore[reportAttributeAccessIssue]
         self.model: LanguageModel = self._inside(lambda: take_apart(whole, head_rows=head_rows, where=str(folder.path)))
-        self.model = self._inside(lambda: share_rows(self.model, world.team))
+        if world.team.size > 1:
+            self.model = self._inside(lambda: share_rows(self.model, world.team))
         if config.gradient_checkpointing:
             whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.trained = TrainedModel(self.model)
@@ -108,10 +109,9 @@ class Zero3Engine(Stepper):
             for part, view in self._state(piece.name).items():
                 view.narrow(0, piece.start - starts[piece.name], len(piece.weight)).copy_(getattr(piece, part))
         taken.check()
+        self.zero.empty_partition_cache()  # whole copies that are about: kept, or fetched ahead and not used yet
         for name, parameter in self.parameters.items():
             parameter.ds_tensor.data.copy_(self._state(name)["weight"])
-            if parameter.ds_persist:  # a whole copy may be about
-                parameter.partition()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.parameters:

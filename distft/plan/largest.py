@@ -21,9 +21,11 @@ SMALLEST, LARGEST = 4e8, 5e12
 
 def largest(load: Load, *, workers: int, local: bool) -> list[dict[str, Any]]:
     """For this run's number of ranks and some others: parameters of the largest model that fits, and what each rank's host then holds.
-    `local` engines hold all on each GPU, so that more of them fit nothing more."""
+    `local` engines hold all on each GPU, so that more of them fit nothing more. Numbers that rows cannot be shared by are left out."""
     found = []
     for gpus in sorted({*GPUS, workers}):
+        if gpus % load.sharing:  # such a run is refused
+            continue
         asked = replace(load, ranks=gpus, zero3=not local)
         parameters = _fitting(asked)
         host = memory(family(parameters), asked).host_bytes if parameters else 0

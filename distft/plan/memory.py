@@ -37,6 +37,8 @@ class Memory:
     host: dict[str, int]
     """Beside a GPU; where there is none it is the same memory."""
     moment: Moment
+    of: str
+    """Which rank: by which engine, and how many there are."""
 
     @property
     def device_bytes(self) -> int:
@@ -47,7 +49,7 @@ class Memory:
         return sum(self.host.values())
 
     def facts(self) -> dict[str, Any]:
-        return {"device": self.device, "host": self.host, "fullest": self.moment, "process": PROCESS_BYTES}
+        return {"device": self.device, "host": self.host, "fullest": self.moment, "of": self.of, "process": PROCESS_BYTES}
 
 
 def memory(shape: Shape, load: Load) -> Memory:
@@ -56,7 +58,8 @@ def memory(shape: Shape, load: Load) -> Memory:
     moments = _moments(shape, load)
     fullest = max(moments, key=lambda moment: sum(moments[moment].values()))
     device |= {name: amount for name, amount in moments[fullest].items() if amount}
-    return Memory(device=device, host=host, moment=fullest)
+    of = f"{'zero3' if load.zero3 else 'local'} on {load.ranks} rank{'s' * (load.ranks != 1)}"
+    return Memory(device=device, host=host, moment=fullest, of=of)
 
 
 def _standing(shape: Shape, load: Load) -> tuple[dict[str, int], dict[str, int]]:

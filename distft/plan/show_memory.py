@@ -12,7 +12,7 @@ def memory_lines(found: dict[str, Any]) -> list[str]:
     """The device's sum and its terms, its host's, and the sum of both for machines where they are one."""
     device, host = (sum(found[where].values()) for where in ("device", "host"))
     return [
-        f"{'memory per rank':<22} {amount(device)} on the device, fullest in the {found['fullest']}",
+        f"{'memory per rank':<22} {amount(device)} on the device, engine {found['of']}, fullest in the {found['fullest']}",
         *_terms(found["device"]),
         f"{'':<22} {amount(host)} of its host, and about {amount(found['process'])} for the process itself",
         *_terms(found["host"]),

@@ -38,7 +38,7 @@ class Step:
 
     @property
     def headed(self) -> int:
-        """How many of its tokens reach the output head."""
+        """How many of its tokens reach the output head; for objectives that select by whole documents, all that they look at."""
         return sum(len(batch.predictor_N) for batch in self.micro_batches)
 
     def normalised(self, totals: Sequence[float], *, kl_factor: float = 1.0) -> tuple[list[MicroBatch], float]:

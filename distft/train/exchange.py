@@ -92,6 +92,7 @@ def import_universal(
     step = _step(universal, parameters, states, step, total)
     run_folder = store.child("runs", run.name)
     checkpoints = _checkpoints(run, run_identity, store)
+    _refuse_begun(run, run_folder, checkpoints)  # before it is claimed: whoever trains it would stop
     checkpoints.owner.claim()
     _refuse_begun(run, run_folder, checkpoints)
     elements = sum(math.prod(shape) for _, shape in parameters)

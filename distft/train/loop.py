@@ -37,11 +37,12 @@ class Finished:
 
 def train(
     config: Train, *, engine: Engine, plan: StepPlan, feed: Feed, world: World, log: MetricsLog | None, checkpoints: Checkpoints,
-    first_step: int, drift: Callable[[], Drift] | None, meters: Meters, budget: DriftBudget | None = None, label: str,
+    first_step: int, drift: Callable[[], Drift] | None, meters: Meters, budget: DriftBudget | None = None,
+    drifted: Drift | None = None, label: str,
 ) -> Finished:  # fmt: skip
     """Runs steps first_step to plan.total_steps. `log` is the leading rank's; `drift` measures on all ranks, and with a `budget` what
-    it finds decides how strongly the steps after it hold."""
-    loss, drifted = float("nan"), None
+    it finds decides how strongly the steps after it hold; `drifted` is what it last found before the first step."""
+    loss = float("nan")
     shown: dict[str, float] = {"checkpoint": first_step - 1, **({"drift_budget": budget.budget} if budget else {})}
     with (
         stopping.gracefully(),
@@ -64,7 +65,7 @@ def train(
             if stop:
                 _keep_and_stop(
                     step - 1, engine, world, log, checkpoints,
-                    {"loss": loss, "drift": None, "total_steps": plan.total_steps, **_kept(budget)},
+                    {"loss": loss, "drift": drifted.facts() if drifted else None, "total_steps": plan.total_steps, **_kept(budget)},
                 )  # fmt: skip
             if normaliser == 0:
                 raise TrainingError(

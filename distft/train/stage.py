@@ -95,13 +95,14 @@ def train_run(
         return measure_drift(engine.measure, documents, cache, world, tokens_per_batch=run.train.micro_batch_tokens)
 
     budget = _budget(run, restored)
-    with _log(run, folder, after_step=done) if world.leads else nullcontext() as log:
+    with _log(run, folder, after_step=done, last_step=plan.total_steps) if world.leads else nullcontext() as log:
         finished = train(
             run.train, engine=engine, plan=plan, world=world, checkpoints=checkpoints, first_step=done + 1,
             feed=Feed(
                 corpus, cache, run.objective, run.train, world, vocabulary=engine.vocabulary, rounding=ROUNDING[_coarser(run)]
             ),
             log=log, drift=heldout_drift if "heldout" in corpus.splits else None, meters=_meters(model, world), budget=budget,
+            drifted=Drift(**restored.facts["drift"]) if restored and restored.facts["drift"] else None,
             label=f"train {run.name}",
         )  # fmt: skip
     if budget is not None and not budget.kept:
@@ -113,13 +114,14 @@ def train_run(
     return _result(run, folder, finished.steps, done or None, facts)
 
 
-def _log(run: Run, folder: Location, *, after_step: int) -> MetricsLog:
+def _log(run: Run, folder: Location, *, after_step: int, last_step: int) -> MetricsLog:
     """The log, and who follows it by `train.log`."""
-    settings = run.model_dump(mode="json")
+    # Where a run is shown is nothing that it is to be compared by, and no service need know of the others.
+    settings = run.model_dump(mode="json", exclude={"train": {"log"}})
     followers: list[Follower] = [*trackers(run.train.log, folder, run_name=run.name, settings=settings)]
     if run.train.log.tensorboard:
         followers.append(Events(folder))
-    return MetricsLog(folder, after_step=after_step, followers=followers)
+    return MetricsLog(folder, after_step=after_step, last_step=last_step, followers=followers)
 
 
 def _meters(model: ModelFolder, world: World) -> Meters:

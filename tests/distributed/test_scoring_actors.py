@@ -36,14 +36,16 @@ DOCUMENTS = random_documents(40, seed=60)
 TWO = "score.workers=2"
 
 
-def cached(bench: Bench) -> dict[str, str]:
-    """Each part of the cache by the name of its documents, and the digest of its bytes."""
+def cached(bench: Bench, *, left: int = 0) -> dict[str, str]:
+    """Each part of the cache by the name of its documents, and the digest of its bytes. Actors that were killed may have `left` so
+    many files that no part names."""
     found = {}
     for manifest in bench.store.glob("teacher/*/parts/*.json"):
         (entry,) = json.loads(manifest.read_text())["files"]
         assert (manifest.parents[1] / entry["name"]).is_file()
         found[manifest.stem] = entry["sha256"]
-    assert len(list(bench.store.glob("teacher/*/data/*.arrow"))) == len(found), "a file that no part names"
+    files = len(list(bench.store.glob("teacher/*/data/*.arrow")))
+    assert len(found) <= files <= len(found) + left, "files that no part names"
     return found
 
 
@@ -117,7 +119,7 @@ def test_a_killed_driver_goes_on_beside_another(cluster: Cluster, bench: Bench) 
     theirs = beside.wait()
     assert theirs.status == 0, theirs.err
     assert mine["documents"] == theirs.json["documents"] == 30
-    assert cached(bench) == expected
+    assert cached(bench, left=1) == expected
 
 
 def test_what_an_interrupted_run_left_over_is_scored_to_the_same_bits(tmp_path: Path) -> None:

@@ -113,6 +113,10 @@ def test_a_run_that_is_asked_to_stop_keeps_the_last_whole_step(tmp_path: Path, m
         with pytest.raises(Interrupted, match="step 7"):
             broken.train()
     assert broken.checkpoints().steps() == [5, 7]
+    newest = broken.checkpoints().newest()
+    assert newest is not None
+    measured = [line["drift"] for line in read_metrics(broken.run_folder) if "drift" in line]
+    assert newest[1].facts["drift"]["kl"] == measured[-1], "what was measured last is kept with the last step"
     assert broken.train()["resumed_from"] == 7
     assert_equal(outcome(straight), outcome(broken))
 

@@ -42,7 +42,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kinds(names: list[str]) -> set[str]:
     """File names without what is unique in them."""
-    return {re.sub(r"[0-9a-f]{16,32}|(?<=-)[0-9]{5,8}", "*", name) for name in names}
+    return {re.sub(r"[0-9a-f]{16,32}|(?<=-)[0-9]{5,8}|(?<=tfevents\.)[0-9.]+(?=\.)", "*", name) for name in names}
 
 
 @pytest.mark.parametrize(("where", "s3_server"), [("local", "moto"), ("s3", "moto")], indirect=["s3_server"])
@@ -72,7 +72,8 @@ def test_everything_once(
         "runs/first/checkpoints/step-*/MANIFEST.json", "runs/first/checkpoints/step-*/data/rank-*-*.safetensors",
         "runs/first/model/MANIFEST.json", "runs/first/model/model.safetensors", "runs/first/model/config.json",
         "runs/first/model/generation_config.json", "runs/first/model/tokenizer.json", "runs/first/model/tokenizer_config.json",
-        "runs/first/model/chat_template.jinja",
+        "runs/first/model/chat_template.jinja", "runs/first/model/README.md",
+        "runs/first/tensorboard/events.out.tfevents.*.distft",
     }  # fmt: skip
     run = store.child("runs", "first")
     steps = [name for name in run.child("checkpoints").folders() if run.child("checkpoints", name).names(recursive=True)]

@@ -185,7 +185,9 @@ def test_it_fits_as_the_estimate_says() -> None:
 def test_memory_is_told_by_what_it_is_for() -> None:
     found = memory(LLAMA_8B, USUAL)
     told = memory_lines(found.facts())
-    assert told[0].endswith(f"{found.device_bytes / 1e9:.3g} GB on the device, fullest in the {found.moment}")
+    assert told[0].endswith(
+        f"{found.device_bytes / 1e9:.3g} GB on the device, engine zero3 on 8 ranks, fullest in the {found.moment}"
+    )
     terms = [line.split("  ")[-1] for line in told if line.startswith(" " * 23 + " ")]
     assert terms[0] == "moments", "largest first"
     assert terms.index("float32 weights") < terms.index("others") < len(terms) - 1
@@ -216,3 +218,8 @@ def test_ranks_that_share_rows_share_activations() -> None:
     packed = replace(shared, shared_rows=True)
     mask = memory(LLAMA_8B, packed).device["activations"] - memory(LLAMA_8B, shared).device["activations"]
     assert mask >= 2 * 32_768 * 32_768 * LLAMA_8B.layers
+
+
+def test_a_number_of_gpus_that_rows_cannot_be_shared_by_is_left_out() -> None:
+    shared = replace(USUAL, sharing=8)
+    assert [one["gpus"] for one in largest(shared, workers=16, local=False)] == [8, 16, 32]

@@ -264,10 +264,11 @@ def test_steps_that_were_passed_over_are_not_the_optimizers(other: Lab, exported
 
 
 def test_a_run_that_has_begun_is_left_alone(made: Lab, other: Lab, exported: Path) -> None:
-    steps = made.checkpoints().steps()
+    steps, owner = made.checkpoints().steps(), made.run_folder.child("checkpoints").read("OWNER.json")
     with pytest.raises(StaleArtifactError, match="has begun: it has a checkpoint"):
         take(made, exported)
     assert made.checkpoints().steps() == steps
+    assert made.run_folder.child("checkpoints").read("OWNER.json") == owner, "who trains it, elsewhere, would stop"
     other.run_folder.replace("metrics.jsonl", b'{"step": 1, "tokens": 5}\n')
     with pytest.raises(StaleArtifactError, match="1 lines in its log"):
         take(other, exported)
