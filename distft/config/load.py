@@ -205,6 +205,8 @@ def _sentence(detail: dict[str, Any]) -> str:
     if kind == "tuple_type":
         return f"{path}: should be a list"
     message = detail["msg"][:1].lower() + detail["msg"][1:]
+    if kind == "secret" or (kind in ("model_type", "model_attributes_type") and isinstance(given, str)):
+        return f"{path}: {message}"  # not repeated: a password, or an address or a key that someone put for a whole section
     return (
         f"{path}: {given!r}: {message}" if isinstance(given, str | int | float | bool) or given is None else f"{path}: {message}"
     )

@@ -6,6 +6,7 @@ alone works so far, the schema admits that value and no other.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -177,6 +178,17 @@ class Zero3(Section):
     """The weights of the passes, each gathered when it is needed."""
 
 
+# A path; a file's address, in whose path an @ is a character like others; or any other address.
+_ADDRESS = re.compile(r"[^:?#]+|(file|sqlite(\+\w+)?):(///|/(?!/))[^?#]*|[A-Za-z0-9+.-]+:[^@?#]*")
+
+
+def _address(given: object) -> str:
+    """By hand: what is refused may hold a password, and this error alone does not repeat what it is about."""
+    if not isinstance(given, str) or not _ADDRESS.fullmatch(given):
+        raise PydanticCustomError("secret", "should be an address without a user, a password, a query (?) or a fragment (#)")
+    return given
+
+
 class Wandb(Section):
     """Where Weights & Biases shows the run. The key comes from the environment (WANDB_API_KEY), and so does all else that its package
     reads there."""
@@ -192,9 +204,9 @@ class Mlflow(Section):
     """Where MLflow shows the run. Credentials come from the environment (MLFLOW_TRACKING_USERNAME and so on)."""
 
     experiment: Annotated[str, Field(min_length=1)]
-    tracking_uri: Annotated[str, Field(min_length=1, pattern=r"^([^:]+|[A-Za-z0-9+.-]+:(//[^/@]*(/.*)?|/[^/].*|[^/@]*))$")]
-    """A server or a database, as its package writes it: https://host, sqlite:///path. Without a password, which would be kept in the
-    store."""
+    tracking_uri: Annotated[str, BeforeValidator(_address)]
+    """A server, a database or a folder, as its package writes it: https://host, sqlite:///path. Without a password or a query, which
+    would be kept in the store."""
 
 
 class Log(Section):

@@ -13,6 +13,7 @@ from typing import Any
 from distft.objectives.loss import PARTS
 from distft.store.local import explained
 from distft.store.location import Location
+from distft.train.metrics import Ending
 
 FOLDER = "tensorboard"
 MARK = "tfevents"
@@ -62,7 +63,7 @@ class Events:
         if self._scratch is not None:
             self.folder.replace(self.name, self.path.read_bytes())
 
-    def close(self, *, finished: bool) -> None:
+    def close(self, ending: Ending) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -27,7 +27,7 @@ import json
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from distft.engine.base import StepValues
 from distft.objectives.quadrants import QUADRANTS
@@ -37,6 +37,9 @@ from distft.train.record import METRICS, read_metrics
 
 REMOTE_EVERY_SECONDS = 30.0
 """An object store has no append: the file is put whole, so often and at checkpoints."""
+
+Ending = Literal["finished", "stopped", "failed"]
+"""Stopped is what someone asked for: such a run is to go on some day."""
 
 
 class Follower(Protocol):
@@ -52,14 +55,16 @@ class Follower(Protocol):
         """Before a checkpoint."""
         ...
 
-    def close(self, *, finished: bool) -> None: ...
+    def close(self, ending: Ending) -> None: ...
 
 
 class MetricsLog:
     """Write inside a `with` block: followers are let go at its end."""
 
-    def __init__(self, folder: Location, *, after_step: int, followers: Sequence[Follower] = ()) -> None:
-        self.folder, self.followers = folder, followers
+    def __init__(
+        self, folder: Location, *, after_step: int, last_step: int | None = None, followers: Sequence[Follower] = ()
+    ) -> None:
+        self.folder, self.last_step, self.followers = folder, last_step, followers
         self.lines = [line for line in read_metrics(folder) if line["step"] <= after_step]
         self._put_at = 0.0
         self.flush()
@@ -70,8 +75,18 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        ending = self._ending(kind)
         for follower in self.followers:
-            follower.close(finished=kind is None)
+            follower.close(ending)
+
+    def _ending(self, kind: type[BaseException] | None) -> Ending:
+        if kind is None:
+            return "finished"
+        if not issubclass(kind, KeyboardInterrupt):
+            return "failed"
+        # Asked to stop in its last step, it has nothing left to go on with: nobody would ever close it.
+        complete = self.last_step is not None and bool(self.lines) and self.lines[-1]["step"] >= self.last_step
+        return "finished" if complete else "stopped"
 
     def add(self, line: dict[str, Any]) -> None:
         self._write(line)

@@ -18,10 +18,13 @@ from distft.errors import DistftError
 from distft.progress import say
 from distft.store.location import Location
 from distft.train.events import figures
+from distft.train.metrics import Ending
 
 RETRY_SECONDS = 60.0
 LAST_SECONDS = 60.0
 """How long the end of a run waits for a service to take the rest."""
+STOPPED_SECONDS = 5.0
+"""The same where it ends before its time: all ranks wait, and a run that goes on sends the rest from its log."""
 
 
 class Service(Protocol):
@@ -30,12 +33,13 @@ class Service(Protocol):
     name: str
 
     def open(self, kept: dict[str, Any] | None) -> tuple[dict[str, Any], int]:
-        """Begins a run, or goes on with the one that was kept. Gives what is to be kept, and the last step that it has."""
+        """Begins a run, or goes on with the one that was kept. Gives what is to be kept, and the last step that it has. Called again
+        when it failed or what it gave could not be kept, and begins no second run then."""
         ...
 
     def send(self, line: dict[str, Any]) -> None: ...
 
-    def close(self, *, finished: bool) -> None: ...
+    def close(self, ending: Ending) -> None: ...
 
 
 class Tracker:
@@ -47,7 +51,10 @@ class Tracker:
         self.lines: list[dict[str, Any]] = []
         self.sent = 0
         """How many of them are there, or need not be."""
-        self.resumed = self.finished = False
+        self.taken = 0
+        """The last step that the service had when it was opened. A run that goes on from an earlier checkpoint comes by it again."""
+        self.resumed = False
+        self.how: Ending = "failed"
         self.opened = self.complained = False
         self.news, self.ending = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._serve, name=service.name, daemon=True)
@@ -64,13 +71,13 @@ class Tracker:
     def flush(self) -> None:
         """Nothing here is worth waiting for."""
 
-    def close(self, *, finished: bool) -> None:
-        self.finished = finished
+    def close(self, ending: Ending) -> None:
+        self.how = ending
         self.ending.set()
         self.news.set()
         if self.thread.ident is None:
             return
-        self.thread.join(LAST_SECONDS)
+        self.thread.join(LAST_SECONDS if ending == "finished" else STOPPED_SECONDS)
         if self.thread.is_alive() and not self.complained:
             say(f"{self.service.name} has not taken all of the log yet, and is not waited for. metrics.jsonl has all of it.")
 
@@ -82,7 +89,7 @@ class Tracker:
             try:
                 self._send()
                 if last:
-                    self.service.close(finished=self.finished)
+                    self.service.close(self.how)
             except Exception as error:  # whatever it is, it is not worth a run
                 self._complain(error)
                 if not last:
@@ -93,12 +100,13 @@ class Tracker:
 
     def _send(self) -> None:
         if not self.opened:
-            kept, step = self.service.open(self._kept() if self.resumed else None)
+            kept, self.taken = self.service.open(self._kept() if self.resumed else None)
             self.run.replace(f"{self.service.name}.json", json.dumps({"to": self.destination, "run": kept}).encode())
-            self.sent = sum(1 for line in self.lines if line["step"] <= step)
             self.opened = True
         while self.sent < len(self.lines):
-            self.service.send(self.lines[self.sent])
+            line = self.lines[self.sent]
+            if line["step"] > self.taken:  # wandb would pass over the others itself; mlflow would show them twice
+                self.service.send(line)
             self.sent += 1
 
     def _kept(self) -> dict[str, Any] | None:
@@ -130,6 +138,8 @@ class WandbService:
     def open(self, kept: dict[str, Any] | None) -> tuple[dict[str, Any], int]:
         import wandb  # pyright: ignore[reportMissingImports]
 
+        if self.run is not None:
+            return {"id": self.run.id}, self.run.starting_step - 1
         # Silent: it would ask for a key, and write into the middle of our own lines.
         quiet = wandb.Settings(console="off", silent=True, disable_git=True, save_code=False)
         wandb.setup(quiet)  # or it would still ask where there is a keyboard
@@ -144,8 +154,12 @@ class WandbService:
     def send(self, line: dict[str, Any]) -> None:
         self.run.log(figures(line), step=line["step"])
 
-    def close(self, *, finished: bool) -> None:
-        self.run.finish(exit_code=0 if finished else 1)
+    def close(self, ending: Ending) -> None:
+        # Its id is all that wandb needs to go on, whatever the run's state. An exit code of 0 would call it finished, and another one
+        # failed, unless it is marked: then it is preempted.
+        if ending == "stopped":
+            self.run.mark_preempting()
+        self.run.finish(exit_code=0 if ending == "finished" else 1)
 
 
 class MlflowService:
@@ -164,11 +178,13 @@ class MlflowService:
         if kept is not None:
             self.id = kept["id"]
             self.client.update_run(self.id, status="RUNNING")
+            # Asked each time: no file of ours could know what had arrived when a run was killed.
             taken = self.client.get_metric_history(self.id, "loss/loss")
             return kept, max((one.step for one in taken), default=0)
-        found = self.client.get_experiment_by_name(self.config.experiment)
-        experiment = found.experiment_id if found else self.client.create_experiment(self.config.experiment)
-        self.id = self.client.create_run(experiment, run_name=self.run_name).info.run_id
+        if not self.id:  # else an earlier attempt came so far; the same settings may be sent again
+            found = self.client.get_experiment_by_name(self.config.experiment)
+            experiment = found.experiment_id if found else self.client.create_experiment(self.config.experiment)
+            self.id = self.client.create_run(experiment, run_name=self.run_name).info.run_id
         settings = [Param(key, str(value)) for key, value in _flat(self.settings).items() if str(value)]
         for start in range(0, len(settings), 100):  # more at once are refused
             self.client.log_batch(self.id, params=settings[start : start + 100])
@@ -180,8 +196,11 @@ class MlflowService:
         when = int(1000 * (line.get("time") or time.time()))
         self.client.log_batch(self.id, metrics=[Metric(key, value, when, line["step"]) for key, value in figures(line).items()])
 
-    def close(self, *, finished: bool) -> None:
-        self.client.set_terminated(self.id, status="FINISHED" if finished else "KILLED")
+    def close(self, ending: Ending) -> None:
+        if ending == "stopped":  # "to run at a later time", and without an end
+            self.client.update_run(self.id, status="SCHEDULED")
+        else:
+            self.client.set_terminated(self.id, status="FINISHED" if ending == "finished" else "FAILED")
 
 
 def trackers(log: Log, run: Location, *, run_name: str, settings: dict[str, Any]) -> list[Tracker]:

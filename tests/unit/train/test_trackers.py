@@ -42,6 +42,8 @@ class Run:
         if (TOLD.parent / "down").exists():
             raise ConnectionError("no route")
         tell("log", step, data)
+    def mark_preempting(self):
+        tell("preempting")
     def finish(self, exit_code=None):
         tell("finish", exit_code)
 def init(*, project, entity, name, config, id, resume, settings):
@@ -74,6 +76,8 @@ class MlflowClient:
         found = [json.loads(line) for line in TOLD.read_text().splitlines()]
         return [Thing(step=s) for one in found if one[0] == "batch" for k, _, _, s in one[2] if k == key]
     def log_batch(self, run_id, metrics=(), params=()):
+        if (TOLD.parent / "down").exists():
+            raise ConnectionError("no route")
         assert len(params) <= 100
         tell("batch", run_id, [[m.key, m.value, m.timestamp, m.step] for m in metrics], {p.key: p.value for p in params})
     def set_terminated(self, run_id, status=None):
@@ -120,22 +124,22 @@ def told(packages: Path) -> list[Any]:
     return [json.loads(one) for one in (packages / "told.jsonl").read_text().splitlines()]
 
 
-def follow(kind: str, run: Location, *, after: int, upto: int, fails: bool = False) -> Tracker:
-    """Logs steps after + 1, ..., upto."""
+def follow(kind: str, run: Location, *, after: int, upto: int, ends: type[BaseException] | None = None) -> Tracker:
+    """Logs steps after + 1, ..., upto, of 7."""
     [tracker] = trackers(
         Log.model_validate(GIVEN[kind]), run, run_name="first", settings={"train": {"lr": 0.5, "max_steps": None}}
     )
 
     def work() -> None:
-        with MetricsLog(run, after_step=after, followers=[tracker]) as log:
+        with MetricsLog(run, after_step=after, last_step=7, followers=[tracker]) as log:
             for step in range(after + 1, upto + 1):
                 log.add(line(step))
             log.flush()
-            if fails:
-                raise KeyboardInterrupt
+            if ends is not None:
+                raise ends
 
-    if fails:
-        with pytest.raises(KeyboardInterrupt):
+    if ends is not None:
+        with pytest.raises(ends):
             work()
     else:
         work()
@@ -145,12 +149,12 @@ def follow(kind: str, run: Location, *, after: int, upto: int, fails: bool = Fal
 
 def test_wandb_is_told_each_step_once_and_a_resumed_run_goes_on_there(tmp_path: Path, packages: Path) -> None:
     run = open_location(str(tmp_path / "run"))
-    follow("wandb", run, after=0, upto=5, fails=True)
+    follow("wandb", run, after=0, upto=5, ends=KeyboardInterrupt)
     follow("wandb", run, after=3, upto=7)
     settings = {"train": {"lr": 0.5, "max_steps": None}}
     found = told(packages)
     assert [one for one in found if one[0] != "log"] == [
-        ["init", "p", "we", "first", settings, None, None], ["finish", 1],
+        ["init", "p", "we", "first", settings, None, None], ["preempting"], ["finish", 1],
         ["init", "p", "we", "first", settings, "an-id", "allow"], ["finish", 0],
     ]  # fmt: skip
     steps = [one for one in found if one[0] == "log"]
@@ -161,7 +165,7 @@ def test_wandb_is_told_each_step_once_and_a_resumed_run_goes_on_there(tmp_path: 
 
 def test_mlflow_is_told_each_step_once_and_a_resumed_run_goes_on_there(tmp_path: Path, packages: Path) -> None:
     run = open_location(str(tmp_path / "run"))
-    follow("mlflow", run, after=0, upto=5, fails=True)
+    follow("mlflow", run, after=0, upto=5, ends=KeyboardInterrupt)
     follow("mlflow", run, after=3, upto=7)
     found = told(packages)
     assert found[:4] == [
@@ -169,11 +173,84 @@ def test_mlflow_is_told_each_step_once_and_a_resumed_run_goes_on_there(tmp_path:
         ["batch", "an-id", [], {"train.lr": "0.5", "train.max_steps": "None"}],
     ]  # fmt: skip
     assert [one for one in found if one[0] in ("update", "end")] == [
-        ["end", "an-id", "KILLED"], ["update", "an-id", "RUNNING"], ["end", "an-id", "FINISHED"],
+        ["update", "an-id", "SCHEDULED"], ["update", "an-id", "RUNNING"], ["end", "an-id", "FINISHED"],
     ]  # fmt: skip
     metrics = [one[2] for one in found if one[0] == "batch" and one[2]]
     assert metrics[1] == [["step/tokens", 10, 1002000, 2], ["loss/loss", 0.5, 1002000, 2]]
     assert [one[0][3] for one in metrics] == list(range(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "failed", "finished"),
+    [("wandb", [["finish", 1]], [["finish", 0]]), ("mlflow", [["end", "an-id", "FAILED"]], [["end", "an-id", "FINISHED"]])],
+)
+def test_a_run_that_failed_or_was_stopped_after_all_of_it_is_closed_as_what_it_is(
+    kind: str, failed: list[Any], finished: list[Any], tmp_path: Path, packages: Path
+) -> None:
+    run = open_location(str(tmp_path / "run"))
+    for upto, ends, closed in ((3, ValueError, failed), (7, KeyboardInterrupt, finished)):
+        follow(kind, run, after=upto - 1, upto=upto, ends=ends)
+        assert told(packages)[-1:] == closed
+        assert ["preempting"] not in told(packages)
+
+
+class Killed(BaseException):
+    """A process that ends here closes nothing."""
+
+
+@pytest.mark.parametrize("kind", ["wandb", "mlflow"])
+def test_steps_that_are_taken_a_second_time_after_a_kill_are_sent_once(
+    kind: str, tmp_path: Path, packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_location(str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(f"distft.train.trackers.{kind.capitalize()}Service.close", lambda self, ending: None)
+        follow(kind, run, after=0, upto=6, ends=Killed)
+    follow(kind, run, after=2, upto=7)
+    if kind == "wandb":
+        steps = [one[1] for one in told(packages) if one[0] == "log"]
+    else:
+        steps = [one[2][0][3] for one in told(packages) if one[0] == "batch" and one[2]]
+    assert steps == list(range(1, 8))
+
+
+def test_mlflow_has_one_run_however_often_its_beginning_fails(tmp_path: Path, packages: Path) -> None:
+    run, attempts = open_location(str(tmp_path / "run")), 0
+    (packages / "down").touch()
+    [tracker] = trackers(Log.model_validate(GIVEN["mlflow"]), run, run_name="first", settings={"a": 1})
+    again = threading.Event()
+    complain = tracker._complain
+
+    def heard(error: Exception) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 2:
+            (packages / "down").unlink()
+        complain(error)
+        if attempts == 3:
+            again.set()
+
+    def replace(name: str, data: bytes) -> None:
+        if name == "mlflow.json" and attempts < 3:
+            raise OSError("no room")
+        type(run).replace(run, name, data)
+
+    tracker._complain = heard  # pyright: ignore[reportAttributeAccessIssue]
+    tracker.run = open_location(str(tmp_path / "run"))
+    tracker.run.replace = replace  # pyright: ignore[reportAttributeAccessIssue]
+    with MetricsLog(run, after_step=0, followers=[tracker]) as log:
+        log.add(line(1))
+        assert again.wait(30)
+    assert [one for one in told(packages) if one[0] == "run"] == [["run", "7", "first"]]
+    assert json.loads(run.read("mlflow.json"))["run"] == {"id": "an-id"}
+    assert [one[3] for one in told(packages) if one[0] == "batch" and one[3]][-1] == {"a": "1"}
+    assert told(packages)[-1] == ["end", "an-id", "FINISHED"]
+
+
+def test_wandb_is_begun_once_where_it_cannot_be_written_down(tmp_path: Path, packages: Path) -> None:
+    [tracker] = trackers(Log.model_validate(GIVEN["wandb"]), open_location(str(tmp_path / "run")), run_name="first", settings={})
+    assert tracker.service.open(None) == tracker.service.open(None) == ({"id": "an-id"}, -1)
+    assert [one[0] for one in told(packages)] == ["init"]
 
 
 def test_a_run_that_starts_again_or_goes_elsewhere_is_another_one_there(tmp_path: Path, packages: Path) -> None:
@@ -237,6 +314,32 @@ def test_a_service_that_never_answers_is_not_waited_for(
     tracker.thread.join(30)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_run_that_ends_before_its_time_waits_less_for_a_service(
+    error: type[BaseException], tmp_path: Path, packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    run = open_location(str(tmp_path / "run"))
+    [tracker] = trackers(Log.model_validate(GIVEN["wandb"]), run, run_name="first", settings={})
+    join = tracker.thread.join
+
+    def counted(seconds: float) -> None:
+        waited.append(seconds)
+        join(30)
+
+    monkeypatch.setattr(tracker.thread, "join", counted)
+
+    def work() -> None:
+        with MetricsLog(run, after_step=0, last_step=7, followers=[tracker]) as log:
+            log.add(line(1))
+            raise error
+
+    with pytest.raises(error):
+        work()
+    assert waited == [module.STOPPED_SECONDS]
+    assert module.STOPPED_SECONDS < 10 < module.LAST_SECONDS
+
+
 def config(**log: Any) -> Any:
     base = {"name": "a", "model": {"path": "m"}, "data": {"train": {"path": "t.jsonl"}}}
     return validate({**base, "train": {"log": log}}, where="run.yaml")
@@ -269,10 +372,43 @@ def test_with_its_package_it_is_accepted_without_loading_it(packages: Path) -> N
     assert not {"wandb", "mlflow"} & sys.modules.keys()
 
 
-@pytest.mark.parametrize("uri", ["https://me:secret@host", "https://me@host/x", "postgresql://u:p@h/db", ""])
-def test_no_password_can_stand_in_the_run_file(uri: str) -> None:
-    with pytest.raises(ConfigError, match="tracking_uri"):
+REFUSED = [
+    "https://me:secret@host", "https://secret@host/x", "postgresql://u:secret@h/db", "https://me:se/secret@host", "u:secret@host/db",
+    "postgresql://host/db?user=u&password=secret", "http://host/x?token=secret", "sqlite:///x.db?key=secret", "mlruns?secret",
+    "https://host/#secret", "file://u:secret@host/x", "sqlite://u:secret@/x", "https:///u:secret@host", "", ["secret"], 3, None,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("uri", REFUSED)
+def test_no_password_can_stand_in_the_run_file_and_none_is_repeated(uri: Any) -> None:
+    with pytest.raises(ConfigError) as told:
         config(mlflow={"experiment": "e", "tracking_uri": uri})
+    wanted = "should be an address without a user, a password, a query (?) or a fragment (#)"
+    assert told.value.problem == f"1 problem in the run file:\n  train.log.mlflow.tracking_uri: {wanted}"
+    assert told.value.__cause__ is None
+    assert told.value.__context__ is None
+    assert "secret" not in str(told.value)
+
+
+@pytest.mark.parametrize("log", [{"mlflow": "https://u:secret@host"}, {"wandb": "secret"}])
+def test_what_stands_where_a_section_should_is_not_repeated(log: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=rf"train\.log\.{next(iter(log))}: input should be a valid dictionary") as told:
+        config(**log)
+    assert "secret" not in str(told.value)
+
+
+def test_services_are_not_told_of_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distft.train import stage
+
+    told: list[Any] = []
+    monkeypatch.setattr(stage, "trackers", lambda log, folder, *, run_name, settings: told.append((log, settings)) or [])
+    run = config(**GIVEN["mlflow"], tensorboard=False)
+    stage._log(run, open_location(str(tmp_path / "run")), after_step=0, last_step=7)
+    [(log, settings)] = told
+    assert log == run.train.log
+    assert "log" not in settings["train"]
+    assert settings["train"]["lr"] == run.train.lr
+    assert settings["name"] == "a"
 
 
 @pytest.mark.parametrize(
