@@ -234,8 +234,12 @@ class Remote(LocalLocation):
         return None
 
 
-def test_a_store_that_is_no_disk_gets_events_at_checkpoints_and_at_the_end(tmp_path: Path) -> None:
-    run = Remote(tmp_path / "run")
+def test_a_store_that_is_no_disk_gets_events_at_checkpoints_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, scratch = Remote(tmp_path / "run"), tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
 
     def stored() -> int:
         [*names] = run.child(FOLDER).names()
@@ -257,4 +261,4 @@ def test_a_store_that_is_no_disk_gets_events_at_checkpoints_and_at_the_end(tmp_p
     none, first, unchanged, two, *meanwhile, three = sizes
     assert none == 0 < first == unchanged < two < three
     assert set(meanwhile) == {0}, "what an earlier start wrote is gone"
-    assert not list(Path(tempfile.gettempdir()).glob("distft-events-*/*distft")), "nothing stays on this machine"
+    assert not list(scratch.iterdir()), "nothing stays on this machine"
