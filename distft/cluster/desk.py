@@ -129,15 +129,30 @@ class Finished:
     result: dict[str, Any]
 
 
+@dataclass(slots=True)
+class Start:
+    """What is asked of the ranks of one start of the group, and what is known of them."""
+
+    halt: asyncio.Event = field(default_factory=asyncio.Event)
+    """They are to stop, for whichever reason."""
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """They are to stop since the driver wants it."""
+    done: dict[Rank, bool] = field(default_factory=dict)
+    """Whether each that has said hello has nothing more to do."""
+    failed: bool = False
+    replaced: bool = False
+    """Others have started in their places."""
+
+
 class Desk:
     """The actor. Its methods run in one event loop; the group's own driver is in a thread beside it."""
 
     def __init__(self) -> None:
         self.told: list[Any] = []
-        self.over = False
+        self.over, self.stopping = False, False
         self.ranks: dict[int, Rank] = {}
-        self.done: set[Rank] = set()
-        self.news, self.stopping, self.halting = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        """Who had each place last, in this start or an earlier one."""
+        self.start, self.news = Start(), asyncio.Event()
 
     async def run(self, group: Group, desk: Any) -> str:
         """Until all ranks are done: "", or why Ray gave the group up. `desk` is this actor as others see it."""
@@ -161,8 +176,16 @@ class Desk:
         """Who had this rank's place before."""
         before = self.ranks.get(rank.rank)
         self.ranks[rank.rank] = rank
+        self.start.done[rank] = False
         await self.tell(rank)
         return before
+
+    async def ended(self, deaths: dict[int, str]) -> bool:
+        """The group has failed; answers as `tell` does. Ray may say so at every look while others still work: it is told once."""
+        if not self.start.failed:
+            self.start.failed = True
+            await self.tell(Ended(deaths))
+        return self.over
 
     async def hear(self, seconds: float) -> list[Any]:
         """What was told since the last time; waits so long for something."""
@@ -177,34 +200,44 @@ class Desk:
 
     async def stop(self) -> None:
         """For good: the driver wants it."""
-        self.stopping.set()
-        self.halting.set()
+        self.stopping = True
+        self.start.halt.set()
+        self.start.stop.set()
 
     async def pause(self) -> None:
         """Has the ranks that there are stop, for others to go on."""
-        self.halting.set()
+        self.start.halt.set()
 
-    async def halt_asked(self) -> None:
-        """Returns when the ranks are to stop, for whichever reason."""
-        await self.halting.wait()
+    async def halt_asked(self) -> bool:
+        """Returns when the ranks are to stop, for whichever reason; False where others have taken their places."""
+        asked = self.start
+        await asked.halt.wait()
+        return not asked.replaced
 
-    async def stop_asked(self) -> None:
-        """Returns when the driver wants the ranks to stop."""
-        await self.stopping.wait()
+    async def stop_asked(self) -> bool:
+        """Returns when the driver wants the ranks to stop; False where others have taken their places."""
+        asked = self.start
+        await asked.stop.wait()
+        return not asked.replaced
 
     async def leave(self, rank: Rank) -> None:
         """The rank has nothing more to do: it has kept what it had where it was to stop, or training is over."""
-        self.done.add(rank)
+        if rank in self.start.done:  # else it comes late, from an earlier start
+            self.start.done[rank] = True
 
     async def left(self) -> int:
         """How many of the ranks that there are have nothing more to do."""
-        return len(self.done)
+        return sum(self.start.done.values())
 
     async def start_over(self) -> None:
-        """Others than the ranks that there are, or were, are about to start: what those were asked is none of their business."""
-        self.done.clear()
-        if not self.stopping.is_set():
-            self.halting = asyncio.Event()
+        """Others take the places of all ranks that there were: what those were asked is none of their business. What those still
+        ask is answered, dead though they are: it would wait here until the actor can take no more calls."""
+        old, self.start = self.start, Start()
+        old.replaced = True
+        old.halt.set()
+        old.stop.set()
+        if self.stopping:
+            await self.stop()
 
 
 class Line:

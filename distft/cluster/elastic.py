@@ -52,7 +52,6 @@ class AsManyAsFit(ElasticScalingPolicy):
         now = time.monotonic()
         if self.since is None:
             self.since, self.pausing = now, False
-            ray.get(self.desk.start_over.remote())
         if self.places is None and self.count is not None:
             return self._start(self.count)  # it failed before it was looked at, so that nobody knows what it has
         room = min(self.most, self.room(self.places or []))
@@ -69,7 +68,6 @@ class AsManyAsFit(ElasticScalingPolicy):
             if ray.get(self.desk.left.remote()) < running:
                 return NoopDecision()
             ray.get(self.desk.tell.remote(Resized()))
-            ray.get(self.desk.start_over.remote())
             return self._start(max(self.least, min(self.most, self.room(self.places))))
         if now - max(self.looked, worker_group_state.start_time) < self.scaling_config.elastic_resize_monitor_interval_s:
             return NoopDecision()

@@ -14,7 +14,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -24,14 +24,17 @@ from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from distft import progress, stopping
-from distft.cluster.desk import Ended, Failed, Finished, Group, Idle, Line, Rank, Stopped
-from distft.cluster.elastic import AsManyAsFit
+from distft.cluster.desk import Failed, Finished, Group, Idle, Line, Rank, Stopped
 from distft.errors import DistftError, LostRankError, TrainingError
+
+if TYPE_CHECKING:
+    from distft.cluster.elastic import AsManyAsFit
 
 ECHO_SECONDS = 8.0
 """A rank that lost another waits so long before it fails, too: Ray finds the one that died meanwhile, and blames that one."""
 HANDOVER_SECONDS = 60.0
-"""How long a rank waits for the process whose place it takes; Ray has killed it by then."""
+"""How long a rank waits for the process whose place it takes, or for its own end once others have started; Ray has killed the one or
+the other by then."""
 
 
 def fit(group: Group, desk: Any) -> str:
@@ -41,7 +44,7 @@ def fit(group: Group, desk: Any) -> str:
     trainer = _Trainer(
         run_rank,
         train_loop_config={"group": group, "desk": desk},
-        torch_config=OwnGroup(),
+        torch_config=OwnGroup(desk=desk),
         scaling_config=ScalingConfig(
             num_workers=(group.least, group.most) if elastic else group.most, use_gpu=group.gpu, resources_per_worker=resources,
             placement_strategy="PACK", elastic_resize_monitor_interval_s=group.looks,
@@ -52,6 +55,9 @@ def fit(group: Group, desk: Any) -> str:
         ),
     )  # fmt: skip
     if elastic:
+        # Here, since it stands on what Ray keeps to itself: ranks, and groups whose size is fixed, do without.
+        from distft.cluster.elastic import AsManyAsFit
+
         trainer.policy = AsManyAsFit(trainer.scaling_config, desk, resources)
     try:
         trainer.fit()
@@ -79,11 +85,13 @@ class _Trainer(TorchTrainer):
 
 
 class Meeting(Backend):
-    """Tells ranks where to meet, and opens nothing."""
+    """Tells ranks where to meet, and opens nothing. Called when all of a group's processes are there and none has begun, it also
+    tells the desk that the group before is gone."""
 
     share_cuda_visible_devices = True  # LOCAL_RANK numbers the machine's GPUs
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        ray.get(backend_config.desk.start_over.remote())
         address, port = worker_group.execute_single(0, _free_place)
         worker_group.execute(_meet_at, address, port)
 
@@ -91,6 +99,8 @@ class Meeting(Backend):
 @dataclass
 class OwnGroup(TorchConfig):
     """Ray's settings for torch, without the process group that comes with them."""
+
+    desk: Any = None
 
     @property
     def backend_cls(self) -> Any:
@@ -117,7 +127,7 @@ class Witness(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         deaths = {rank: str(error) for rank, error in worker_exceptions.items() if not isinstance(error, RankFailure)}
-        if ray.get(self.desk.tell.remote(Ended(deaths))):
+        if ray.get(self.desk.ended.remote(deaths)):
             raise RuntimeError("A rank met what no other start can cure.")
 
 
@@ -154,7 +164,10 @@ def run_rank(config: dict[str, Any]) -> None:
         raise RankFailure(str(error)) from None
     except KeyboardInterrupt as error:
         line.ask(line.desk.leave, me)
-        line.ask(line.desk.stop_asked)  # it was another number of ranks that was wanted: Ray ends this one while it waits
+        # Where it was another number of ranks that was wanted, Ray ends this one while it waits.
+        if not line.ask(line.desk.stop_asked):
+            time.sleep(HANDOVER_SECONDS)  # it is about to: neither did this rank stop for the driver, nor is training over
+            raise RankFailure("Others have started.") from None
         line.tell_surely(Stopped(str(error)))
     except Exception as error:
         line.tell_surely(Failed(me, f"{type(error).__name__}: {error}", trace=traceback.format_exc()))
@@ -170,7 +183,8 @@ def run_rank(config: dict[str, Any]) -> None:
 def _obey(line: Line) -> None:
     """Hands on the driver's wish to stop. Without a desk there is no driver, and nothing to work for."""
     try:
-        line.ask(line.desk.halt_asked)
+        if not line.ask(line.desk.halt_asked):
+            return
     except RayError:
         os._exit(1)
     stopping.tell()

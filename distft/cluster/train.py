@@ -22,6 +22,8 @@ from distft.progress import say
 from distft.stopping import Interrupted
 
 HEAR_SECONDS = 0.5
+CALLS_OF_EACH = 16
+"""How many calls of a rank the desk takes at a time: two that wait as long as it lives, and what it has to tell."""
 LOOK_SECONDS = 30.0
 """Between two looks at whether there is room for more ranks."""
 CARRIED = (
@@ -72,7 +74,9 @@ class _Run:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         beside = NodeAffinitySchedulingStrategy(here, soft=False)
-        desk = self.ray.remote(num_cpus=0, max_restarts=0)(Desk).options(scheduling_strategy=beside).remote()
+        calls = CALLS_OF_EACH * (2 * self.most + 1)  # of this process too, and of ranks whose places are being taken
+        made = self.ray.remote(num_cpus=0, max_restarts=0, max_concurrency=calls)(Desk)
+        desk = made.options(scheduling_strategy=beside).remote()
         group = Group(
             work=work, least=self.least, most=self.most, looks=LOOK_SECONDS, gpu=self.gpus > 0, threads=self._threads(),
             restarts=self.restarts, folder=os.getcwd(),
@@ -149,7 +153,7 @@ class _Run:
             case Resized():
                 self._hush()
                 self.causes, self.runs = [], False
-            case Idle():
+            case Idle() if stopping.requested():  # else for another number of ranks: it stops at its first step
                 raise self._stopped_between()
             case Stopped(text):
                 self.stopped = text

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from distft.cluster.desk import Advanced, Closed, Ended, Failed, Finished, Opened, Rank, Resized, Said, Stopped
+from distft.cluster import train
+from distft.cluster.desk import Advanced, Closed, Ended, Failed, Finished, Idle, Opened, Rank, Resized, Said, Stopped
 from distft.cluster.train import _Run
 from distft.errors import ConfigError, DistftError, LostRankError
 from distft.stopping import Interrupted
@@ -82,6 +83,15 @@ def test_another_number_of_ranks_is_no_failure(capsys: pytest.CaptureFixture[str
     assert run._end("") == {"steps": 4}
     assert str(after()._stopped_between()) == "Stopped before training began."
     assert capsys.readouterr().err == ""
+
+
+def test_a_rank_that_still_loads_when_all_are_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For another number of ranks the run goes on; where the driver wants the end there is nothing to wait for."""
+    run = after(ONE, Idle(), Resized(), TWO, Idle(), Finished({"steps": 4}))
+    assert run._end("") == {"steps": 4}
+    monkeypatch.setattr(train.stopping, "requested", lambda: True)
+    with pytest.raises(Interrupted, match="Stopped while the ranks were to start again"):
+        run._take(Idle())
 
 
 def test_voices_and_bars_are_replayed_and_taken_down(capsys: pytest.CaptureFixture[str]) -> None:
