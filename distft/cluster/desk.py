@@ -10,11 +10,13 @@ import asyncio
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
+from uuid import uuid4
 
 from distft.errors import DistftError
 from distft.progress import Figures, Meter
@@ -153,6 +155,10 @@ class Desk:
         self.ranks: dict[int, Rank] = {}
         """Who had each place last, in this start or an earlier one."""
         self.start, self.news = Start(), asyncio.Event()
+        self.early: dict[str, dict[int, tuple[Any, ...]]] = {}
+        """Of each line, what came before what was told before it, by number."""
+        self.next: Counter[str] = Counter()
+        """The number of each line that is to be taken next."""
 
     async def run(self, group: Group, desk: Any) -> str:
         """Until all ranks are done: "", or why Ray gave the group up. `desk` is this actor as others see it."""
@@ -171,6 +177,14 @@ class Desk:
         self.told += events
         self.news.set()
         return self.over
+
+    async def tell_in_order(self, line: str, number: int, *events: Any) -> None:
+        """`tell`, for one of a line's calls: Ray may run them in another order than they were made in."""
+        early = self.early.setdefault(line, {})
+        early[number] = events
+        while self.next[line] in early:
+            await self.tell(*early.pop(self.next[line]))
+            self.next[line] += 1
 
     async def hello(self, rank: Rank) -> Rank | None:
         """Who had this rank's place before."""
@@ -245,7 +259,8 @@ class Line:
 
     def __init__(self, ray: Any, desk: Any) -> None:
         self.ray, self.desk = ray, desk
-        self.numbers = count()
+        self.name, self.numbers, self.calls = uuid4().hex, count(), count()
+        self.lock = threading.Lock()
 
     def say(self, text: str) -> None:
         self.tell(Said(text))
@@ -259,12 +274,16 @@ class Line:
         self.tell(Closed(meter.number))
 
     def tell(self, *events: Any) -> None:
-        """Returns at once. Calls of one process arrive in order."""
-        self.desk.tell.remote(*events)
+        """Returns at once. All that a line tells is heard in order."""
+        self._call(events)
 
     def tell_surely(self, *events: Any) -> None:
         """Returns when it has arrived: what comes next may be the end of this process."""
-        self.ask(self.desk.tell, *events)
+        self.ray.get(self._call(events))
+
+    def _call(self, events: tuple[Any, ...]) -> Any:
+        with self.lock:  # meters tell from the thread that trains, others from theirs
+            return self.desk.tell_in_order.remote(self.name, next(self.calls), *events)
 
     def ask(self, method: Any, *given: Any) -> Any:
         """What a method of the desk answers."""

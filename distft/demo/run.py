@@ -15,7 +15,6 @@ from distft.config.schema import Run
 from distft.demo.data import write_own_answers, write_task
 from distft.demo.model import smollm2_folder
 from distft.demo.prompts import HELD_OUT
-from distft.engine.world import device_count
 from distft.pipeline import Pipeline
 from distft.progress import say
 from distft.report.page import comparison_rows, write_report
@@ -24,8 +23,6 @@ from distft.store.location import open_location
 
 ARMS: dict[str, dict[str, Any]] = {"sft-kl": {"kind": "sft_kl", "kl": 0.5}, "sft": {"kind": "sft"}}
 EXAMPLES, TESTS = 320, 64
-RANKS = 2
-"""On CPUs."""
 
 
 def run_demo(folder: Path) -> dict[str, Any]:
@@ -48,19 +45,17 @@ def run_demo(folder: Path) -> dict[str, Any]:
 
 
 def run_file(folder: Path, name: str, objective: dict[str, Any], *, model: Path, data: Path) -> Run:
-    """One arm; only the objective differs. The road is a cluster's: Ray's actors score and its ranks train by ZeRO-3, one per GPU or,
-    without any, as many as show that there can be several."""
-    workers = "auto" if device_count() else RANKS
+    """One arm; only the objective differs."""
     document = {
         "name": name,
         "store": str(folder / "store"),
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"train": {"path": str(data / "train.jsonl")}, "heldout": {"path": str(data / "heldout.jsonl")}, "max_tokens": 256},
-        "score": {"tokens_per_batch": 2048, "workers": workers},
+        "score": {"tokens_per_batch": 2048},
         "objective": objective,
         "train": {
-            "epochs": 1, "tokens_per_step": 256, "micro_batch_tokens": 128, "lr": 5e-5, "warmup_steps": 4, "drift_every_steps": 20,
-            "checkpoint": {"every_steps": 20, "keep": 1}, "engine": "zero3", "workers": workers,
+            "epochs": 1, "tokens_per_step": 256, "micro_batch_tokens": 512, "lr": 5e-5, "warmup_steps": 4, "drift_every_steps": 20,
+            "checkpoint": {"every_steps": 20, "keep": 1},
         },
         "evaluate": {
             "tasks": [

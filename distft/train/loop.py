@@ -63,10 +63,7 @@ def train(
                 checkpoints.finish()  # which says why
             micro_batches, normaliser = mine.normalised(totals, kl_factor=budget.factor if budget else 1.0)
             if stop:
-                _keep_and_stop(
-                    step - 1, engine, world, log, checkpoints,
-                    {"loss": loss, "drift": drifted.facts() if drifted else None, "total_steps": plan.total_steps, **_kept(budget)},
-                )  # fmt: skip
+                _keep_and_stop(step - 1, engine, world, log, checkpoints, _facts(loss, drifted, plan, budget))
             if normaliser == 0:
                 raise TrainingError(
                     f"No token of step {step} has a weight: the objective masks all of its {tokens:.0f} tokens.",
@@ -106,18 +103,17 @@ def train(
                 if log:
                     checkpoints.owner.check()
                     log.flush()  # before the checkpoint: one whose steps are not in the log would leave a hole in it
-                facts = {
-                    "loss": loss, "drift": drifted.facts() if drifted else None, "total_steps": plan.total_steps, **_kept(budget)
-                }  # fmt: skip
-                checkpoints.save(step, engine, facts)
+                checkpoints.save(step, engine, _facts(loss, drifted, plan, budget))
                 shown["checkpoint"] = step
             meter.advance(note=f"loss {loss:.3f}" + (f", drift {drifted.kl:.4f}" if drifted else ""), figures={**line, **shown})
         checkpoints.finish()
     return Finished(steps=plan.total_steps, loss=loss, drift=drifted)
 
 
-def _kept(budget: DriftBudget | None) -> dict[str, object]:
-    return {"budget": budget.facts()} if budget else {}
+def _facts(loss: float, drifted: Drift | None, plan: StepPlan, budget: DriftBudget | None) -> dict[str, object]:
+    """What a checkpoint says beside its weights; with a budget, what its control needs to go on."""
+    facts = {"loss": loss, "drift": drifted.facts() if drifted else None, "total_steps": plan.total_steps}
+    return {**facts, "budget": budget.facts()} if budget else facts
 
 
 def _say_that_it_cannot_be_met(budget: DriftBudget, step: int) -> None:

@@ -340,8 +340,7 @@ MUTANTS: dict[str, tuple[Mutant, list[Guard]]] = {
         Mutant("distft.train.identity:_measured", "run.objective.drift_budget is None", "True"),
         [guard(test_budget.test_under_a_budget_what_is_measured_is_part_of_the_run)]),
     "a periodic checkpoint forgets the control": (
-        Mutant("distft.train.loop:train", 'drifted else None, "total_steps": plan.total_steps, **_kept(budget)',
-               'drifted else None, "total_steps": plan.total_steps'),
+        Mutant("distft.train.loop:_facts", "if budget else facts", "if False else facts"),
         [guard(test_budget.test_a_run_that_died_goes_on_from_its_last_periodic_checkpoint)]),
     "a token's live signals are read from the beginning of the batch": (
         Mutant(f"{LIVE_RULE}decide", "_floats(value)[answers]", "_floats(value)[: answers.sum()]"),

@@ -91,3 +91,17 @@ def test_a_late_leave_of_an_earlier_start_does_not_count() -> None:
         assert await desk.left() == 1
 
     at_a_desk(scene)
+
+
+def test_a_line_is_heard_in_the_order_in_which_it_told() -> None:
+    """Whatever the order in which its calls are run; lines do not wait for one another."""
+
+    async def scene(desk: Desk) -> None:
+        await desk.tell_in_order("a", 2, "third")
+        await desk.tell_in_order("b", 0, "of another line")
+        await desk.tell_in_order("a", 0, "first", "still first")
+        assert await desk.hear(0.0) == ["of another line", "first", "still first"]
+        await desk.tell_in_order("a", 1, "second")
+        assert await desk.hear(0.0) == ["second", "third"]
+
+    at_a_desk(scene)
