@@ -12,6 +12,7 @@ from distft.config.check import check_run
 from distft.engine.local import LocalEngine
 from distft.errors import ConfigError, CorruptArtifactError
 from distft.stopping import Interrupted
+from distft.train import loop
 from distft.train.budget import OVER
 from distft.train.identity import run_identity
 from tests.helpers.stores import Lab, bits, differing, lab, random_documents
@@ -111,7 +112,8 @@ def test_a_checkpoint_without_the_control_is_refused(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         asked = iter([False] * 16)
         patch.setattr("distft.stopping.requested", lambda: next(asked, True))
-        patch.setattr("distft.train.loop._kept", lambda _: {})
+        plain = loop._facts
+        patch.setattr(loop, "_facts", lambda loss, drifted, plan, _: plain(loss, drifted, plan, None))
         with pytest.raises(Interrupted):
             made.train()
     with pytest.raises(CorruptArtifactError, match="does not say where the drift budget's control was"):
