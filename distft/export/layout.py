@@ -164,7 +164,7 @@ def _cuts(whole: Any, state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]] 
             continue
         try:
             found[name] = revert_weight_conversion(whole, {name: tensor})
-        except Exception:  # whatever it misses: only all together can be stored
+        except Exception:  # each architecture's conversion fails in its own way without the others: then all are stored together
             return None
     apart = {stored: tensor.shape for tensors in found.values() for stored, tensor in tensors.items()}
     alike = apart == {stored: tensor.shape for stored, tensor in together.items()}

@@ -21,6 +21,7 @@ numpy only: rules must be readable and testable without torch.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, get_args
 
@@ -152,7 +153,7 @@ def highest(values: Floats, count: int) -> Mask:
     return chosen
 
 
-class ObjectiveRule(Section):
+class ObjectiveRule(Section, ABC):
     """What an objective's file defines: its settings as fields, `kind` as its name, and its rule as `treat`."""
 
     prompt_kl: Annotated[float, Field(ge=0)] = 0.0
@@ -216,10 +217,10 @@ class ObjectiveRule(Section):
         """How many normalisers a step has; groups are numbered from 0."""
         return 1
 
+    @abstractmethod
     def treat(self, signals: Signals) -> Treatment:
         """The weights of each token of one document. Pure: no state, no randomness beyond what settings and document fix. `count` and
         `group` never depend on `signals.live`."""
-        raise NotImplementedError  # abstract: each catalog entry has its own rule
 
     def counts(self, signals: Signals) -> tuple[Floats, npt.NDArray[np.uint8]]:
         """`count` and `group` of each token, before the student has been asked: what a step's totals are made of. NaN in the place of
